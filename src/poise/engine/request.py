@@ -1,0 +1,56 @@
+"""What a caller gives and gets back: prompts, completions, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Prompt = str | Mapping[str, Sequence[int]]
+"""A string, or ``{"prompt_token_ids": [...]}``."""
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """One generated text. ``finish_reason``: "stop" for end-of-sequence or a stop string, "length" for the token limit."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutput:
+    """The result for the prompt at ``index`` of the input. ``prompt`` is None when token ids were given."""
+
+    index: int
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """Where a call of ``generate`` stands. A hit is an expert that was in memory when its layer asked for it."""
+
+    finished: int
+    total: int
+    prompt_tokens: int
+    generated_tokens: int
+    bytes_read: int
+    expert_hits: int
+    expert_misses: int
+    elapsed_s: float
+
+    @property
+    def generated_tokens_per_s(self) -> float:
+        """Generated tokens over the whole time so far, prefill included."""
+        return self.generated_tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def hit_frac(self) -> float:
+        """Share of expert uses that needed no read (0-1)."""
+        uses = self.expert_hits + self.expert_misses
+        return self.expert_hits / uses if uses else 0.0

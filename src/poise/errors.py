@@ -1,0 +1,41 @@
+"""Every error a user can cause.
+
+    PoiseError
+    ├── UsageError          bad input: one line says the value, what is allowed, the remedy; exit code 2
+    │   ├── CheckpointError     the model directory or a file in it
+    │   ├── PromptError         a prompt or a prompt file
+    │   └── BudgetError         the memory budget; carries the smallest that works
+    └── ReadError           the disk failed while weights were being read
+
+Our own invariants are ``assert`` with a message, not exceptions of this tree.
+"""
+
+from __future__ import annotations
+
+
+class PoiseError(Exception):
+    """Base of all errors that Poise raises on purpose."""
+
+
+class UsageError(PoiseError):
+    """Bad input. The message is one line: what was given, what is allowed, what to do."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that is missing, damaged, or of a kind that Poise does not run."""
+
+
+class PromptError(UsageError):
+    """A prompt, or a line of a prompt file, that cannot be used."""
+
+
+class BudgetError(UsageError):
+    """A memory budget in which the job does not fit. ``smallest_bytes`` is the smallest that works."""
+
+    def __init__(self, message: str, *, smallest_bytes: int) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
+
+
+class ReadError(PoiseError):
+    """Reading weights failed after the checkpoint had been checked."""
