@@ -1,0 +1,252 @@
+"""Run a child process under limits that the kernel enforces: memory, page cache included, and disk reads.
+
+A child joins its control groups before it becomes the program it is to run, so nothing escapes the count. Where a
+limit cannot be set (no privilege, no controller), nothing fails: ``Limits.missing`` says so in plain words and the
+caller marks its result. Every run gets fresh groups. Children, their children and the groups go when the block ends,
+on Ctrl-C too; the kernel kills the child if this process is killed, and the next run removes the groups it left.
+
+Pages that another process has already read are in the cache at nobody's cost: call ``forget_cached`` on the files
+before a run. This is a harness for measuring, not a sandbox.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from poise.bench import cgroup
+from poise.bench.mounts import block_device
+from poise.units import format_bytes
+
+_POLL_S = 0.02
+
+_LAUNCHER = """
+import ctypes, os, signal, sys
+parent, count = int(sys.argv[1]), int(sys.argv[2])
+groups, argv = sys.argv[3 : 3 + count], sys.argv[3 + count :]
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
+if os.getppid() != parent:
+    sys.exit(1)
+for group in groups:
+    with open(group, "w") as procs:
+        procs.write(str(os.getpid()))
+try:
+    os.execvp(argv[0], argv)
+except OSError as error:
+    sys.exit(f"cannot run {argv[0]}: {error.strerror}")
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChildResult:
+    """How a child ended. ``returncode`` is negative for a signal, as in ``subprocess``.
+
+    ``peak_bytes`` is the control group's peak, page cache included; None where memory is not limited.
+    ``peak_rss_bytes`` is the largest resident set of a single process; it counts shared libraries and mapped files.
+    ``read_bytes`` is what the kernel fetched from storage for it, page faults included; None where it is not counted.
+    """
+
+    returncode: int
+    stdout: str
+    stderr: str
+    elapsed_s: float
+    timed_out: bool
+    out_of_memory: bool
+    peak_bytes: int | None
+    peak_rss_bytes: int
+    read_bytes: int | None
+
+
+class Limits:
+    """``with Limits(memory_bytes=…) as limits: limits.run([…])``. ``path`` names the disk whose reads are throttled."""
+
+    def __init__(
+        self, *, memory_bytes: int | None = None, read_bytes_per_s: int | None = None, path: Path | None = None
+    ) -> None:
+        assert read_bytes_per_s is None or path is not None, "a read limit needs a path, to know which disk it is for"
+        assert memory_bytes is None or memory_bytes > 0, f"a memory limit is positive, not {memory_bytes}"
+        assert read_bytes_per_s is None or read_bytes_per_s > 0, f"a read limit is positive, not {read_bytes_per_s}"
+        self._memory_bytes = memory_bytes
+        self._read_bytes_per_s = read_bytes_per_s
+        self._path = path
+        self._groups: dict[Path, Path] = {}
+        """Mount point of a hierarchy to our group in it; with version 2, memory and reads share one."""
+        self._memory_group: tuple[cgroup.Hierarchy, Path] | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._used = False
+        self.enforced: tuple[str, ...] = ()
+        self.missing: tuple[str, ...] = ()
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def run(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, timeout_s: float | None = None
+    ) -> ChildResult:
+        """Run ``argv`` to its end, or kill it after ``timeout_s``. ``env`` replaces the environment."""
+        if self._used:  # the peak and the page cache of the last run must not count for this one
+            self._close()
+            self._open()
+        self._used = True
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            try:
+                return self._run(argv, env, timeout_s, stdout, stderr)
+            finally:
+                self._kill()
+
+    def _run(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None,
+        timeout_s: float | None,
+        stdout: IO[bytes],
+        stderr: IO[bytes],
+    ) -> ChildResult:
+        procs = [str(group / "cgroup.procs") for group in self._groups.values()]
+        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(len(procs)), *procs]
+        start_s = time.monotonic()
+        self._child = child = subprocess.Popen(
+            [*launcher, *argv], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=env, start_new_session=True
+        )
+        timed_out = not _ended_within(child.pid, timeout_s)
+        os.killpg(child.pid, signal.SIGKILL)  # on time-out the child; always what it left behind in its session
+        _ended_within(child.pid, None)
+        elapsed_s = time.monotonic() - start_s
+        read_bytes = _storage_bytes_read(child.pid)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        memory = self._memory_group
+        return ChildResult(
+            returncode=child.returncode,
+            stdout=_text(stdout),
+            stderr=_text(stderr),
+            elapsed_s=elapsed_s,
+            timed_out=timed_out,
+            out_of_memory=memory is not None and cgroup.oom_kills(*memory) > 0,
+            peak_bytes=cgroup.peak_bytes(*memory) if memory else None,
+            peak_rss_bytes=usage.ru_maxrss * 1024,
+            read_bytes=read_bytes,
+        )
+
+    def _open(self) -> None:
+        enforced, missing = [], []
+        try:
+            if self._memory_bytes is not None:
+                name = f"memory {format_bytes(self._memory_bytes)}, page cache included"
+                reason = self._limit_memory(self._memory_bytes)
+                enforced.append(name) if reason is None else missing.append(f"{name}: {reason}")
+            if self._read_bytes_per_s is not None:
+                name = f"disk reads {format_bytes(self._read_bytes_per_s)}/s"
+                reason = self._limit_reads(self._read_bytes_per_s)
+                enforced.append(name) if reason is None else missing.append(f"{name}: {reason}")
+        except BaseException:
+            self._close()
+            raise
+        self.enforced, self.missing = tuple(enforced), tuple(missing)
+
+    def _limit_memory(self, size_bytes: int) -> str | None:
+        """Set the limit; returns why it could not be set, or None."""
+        hierarchy = cgroup.find_hierarchy("memory")
+        if hierarchy is None:
+            return "this machine has no memory control group mounted"
+        try:
+            group = self._group_in(hierarchy)
+            cgroup.limit_memory(hierarchy, group, size_bytes)
+        except OSError as error:
+            return _refusal(error)
+        self._memory_group = hierarchy, group
+        return None
+
+    def _limit_reads(self, bytes_per_s: int) -> str | None:
+        """Set the limit; returns why it could not be set, or None."""
+        assert self._path is not None, "checked in the constructor"
+        hierarchy = cgroup.find_hierarchy("io")
+        if hierarchy is None:
+            return "this machine has no block-I/O control group mounted"
+        device, reason = block_device(self._path)
+        if device is None:
+            return reason
+        try:
+            cgroup.limit_reads(hierarchy, self._group_in(hierarchy), device, bytes_per_s)
+        except OSError as error:
+            return _refusal(error)
+        return None
+
+    def _group_in(self, hierarchy: cgroup.Hierarchy) -> Path:
+        group = self._groups.get(hierarchy.mount)
+        if group is None:
+            cgroup.remove_stale_groups(hierarchy)
+            self._groups[hierarchy.mount] = group = cgroup.make_group(hierarchy)
+        else:
+            cgroup.enable(hierarchy, group.parent)
+        return group
+
+    def _kill(self) -> None:
+        """Kill an unfinished child and what it started in its session; those that left it go with their group."""
+        child, self._child = self._child, None
+        if child is not None and child.returncode is None:
+            os.killpg(child.pid, signal.SIGKILL)  # not reaped yet, so the id is still its own
+            child.wait()
+
+    def _close(self) -> None:
+        self._kill()
+        while self._groups:
+            _, group = self._groups.popitem()
+            cgroup.remove_group(group)
+        self._memory_group = None
+        self._used = False
+
+
+def forget_cached(*paths: Path) -> None:
+    """Write back and drop the page cache of files, or of all files below directories, so that reads reach the disk."""
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _ended_within(pid: int, timeout_s: float | None) -> bool:
+    """Wait for ``pid`` without reaping it: its counters are still to be read."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _storage_bytes_read(pid: int) -> int | None:
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return None
+    return int(dict(line.split(": ", 1) for line in lines)["read_bytes"])
+
+
+def _text(stream: IO[bytes]) -> str:
+    stream.seek(0)
+    return stream.read().decode(errors="replace")
+
+
+def _refusal(error: OSError) -> str:
+    remedy = "; run as root, or in a group delegated to you" if isinstance(error, PermissionError) else ""
+    return f"{error.filename or 'the control group'} refuses ({error.strerror}){remedy}"

@@ -1,0 +1,104 @@
+"""What stamps a result: the hardware, the versions, the commit, the thread counts, and which limits were enforced.
+
+Facts that say what a figure was measured on, none that says whose machine it was: no host name, user or path.
+Imports no torch; it reports torch's thread count when the caller has torch loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import poise
+
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stamp:
+    """Facts about one measurement. ``commit`` is None outside a checkout, ``dirty`` says it had uncommitted changes.
+
+    ``threads`` holds the thread variables that are set, and ``torch`` where the measuring process has torch loaded.
+    """
+
+    date: str
+    cpu: str
+    cores: int
+    memory_bytes: int
+    kernel: str
+    versions: dict[str, str]
+    commit: str | None
+    dirty: bool
+    threads: dict[str, int | str]
+    limits_enforced: tuple[str, ...]
+    limits_missing: tuple[str, ...]
+
+
+def stamp(*, limits_enforced: Sequence[str] = (), limits_missing: Sequence[str] = ()) -> Stamp:
+    """The facts of this machine and this process, now."""
+    commit, dirty = _commit(Path(poise.__file__).parent)
+    return Stamp(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        cpu=_cpu_model(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        kernel=f"{platform.system()} {platform.release()}",
+        versions=_versions(),
+        commit=commit,
+        dirty=dirty,
+        threads=_threads(),
+        limits_enforced=tuple(limits_enforced),
+        limits_missing=tuple(limits_missing),
+    )
+
+
+def _cpu_model() -> str:
+    """From ``/proc/cpuinfo``; some ARM kernels give no name there, then the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "poise": poise.__version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit(directory: Path) -> tuple[str | None, bool]:
+    """``(commit, dirty)`` of the checkout around ``directory``; ``(None, False)`` where there is none, or no git."""
+    commit = _git(directory, "rev-parse", "HEAD")
+    if commit is None or _git(directory, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None, False  # installed below somebody else's repository
+    return commit, bool(_git(directory, "status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _threads() -> dict[str, int | str]:
+    threads: dict[str, int | str] = {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        threads["torch"] = int(torch.get_num_threads())
+    return threads

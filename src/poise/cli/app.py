@@ -1,0 +1,153 @@
+"""What a user can type: the commands of `poise`, their options, their help.
+
+Contract: the commands and flags are those of the architecture page; each help holds an example; nothing here imports torch
+or transformers before a command needs them, so that `poise --help` answers at once.
+Not here: what a command does. It checks nothing but types; ranges are checked where the values are used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import poise
+from poise.cli.generate import GenerateOptions, run_generate
+from poise.engine.sampling import SamplingParams
+
+app = typer.Typer(
+    name="poise",
+    help="Runs mixture-of-experts language models that are larger than memory.",
+    epilog='Example: poise generate ./OLMoE-1B-7B "The capital of France is" --memory 4GiB',
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"poise {poise.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a Hugging Face checkpoint (safetensors).")]
+Prompts = Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help='Read prompts from a .jsonl file ({"prompt": "..."} or {"prompt_token_ids": [...]} a line, each with optional '
+        "id, max_tokens, temperature, top_p, top_k, seed, stop), from a .txt file (a prompt a line), or JSONL from "
+        "standard input (-).",
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write results to this JSONL file, in order of input, once all are there."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run that wrote to --output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --output, and forget an interrupted run to it.")]
+MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to generate for a prompt.")]
+Memory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE", help="Memory for weights, caches and buffers, such as 8GiB; auto: what is free, less a margin."
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Number type to compute in: auto (the checkpoint's), bfloat16, ...")]
+Temperature = Annotated[float, typer.Option(metavar="T", help="Randomness of the choice of tokens; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(metavar="P", help="Choose among the likeliest tokens that sum to P.")]
+TopK = Annotated[int | None, typer.Option(metavar="K", help="Choose among the K likeliest tokens.")]
+Seed = Annotated[int | None, typer.Option(metavar="S", help="Makes a sampled text repeat.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End a text before this string; repeatable.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Generate on after the end-of-sequence token.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    'poise generate ./OLMoE-1B-7B "The capital of France is" --max-tokens 32\n\n'
+    "poise generate ./Mixtral-8x7B --prompts in.jsonl --output out.jsonl --memory 16GiB --resume",
+    no_args_is_help=True,
+)
+def generate(
+    model: Model,
+    prompts: Prompts = None,
+    prompt_file: PromptFile = None,
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    max_tokens: MaxTokens = 64,
+    memory: Memory = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
+    json_output: Json = False,
+) -> None:
+    """Continues texts with a model whose experts are streamed from disk under a memory budget.
+
+    One prompt is streamed to standard output as it is generated; several are printed in order of input. Results for
+    programs: --output, or --json ({"results": [...], "stats": {...}, "plan": {...}}).
+    """
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    run_generate(
+        GenerateOptions(
+            model=model,
+            prompts=tuple(prompts or ()),
+            prompt_file=prompt_file,
+            output=output,
+            resume=resume,
+            overwrite=overwrite,
+            memory=memory,
+            device=device,
+            dtype=dtype,
+            sampling=sampling,
+            json_output=json_output,
+        )
+    )
+
+
+@app.command(epilog="Example: poise demo")
+def demo(json_output: Json = False) -> None:
+    """Runs a small model with real routing under a tight memory budget, beside the plain baseline."""
+    from poise.bench.demo import run_demo
+
+    run_demo(json_output=json_output)
+
+
+@app.command(epilog="Example: poise bench reader --output benchmarks/results")
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Which benchmark.")],
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the result file to this directory.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Runs a benchmark beside its peers, and prints how close each comes to the physical limit."""
+    from poise.bench import run_benchmark
+
+    run_benchmark(name, output=output, json_output=json_output)

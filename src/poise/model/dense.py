@@ -1,0 +1,124 @@
+"""Everything of a model that is not a routed expert, loaded into memory; the experts' parameters taken out of the model.
+
+transformers loads the tensors with its own conversions and finishes the model (buffers, tied weights). The tensors are
+read with ``pread`` into memory of their own, never mapped: a mapped file would count against the memory budget.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from poise.errors import CheckpointError, ReadError
+from poise.model.checkpoint import Checkpoint, TensorRef
+from poise.model.inspect import ExpertsModule
+from poise.model.layout import CheckpointLayout
+
+_TORCH_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+
+
+def as_tensor(buffer: torch.Tensor, ref: TensorRef) -> torch.Tensor:
+    """A uint8 tensor of ``ref.nbytes`` seen with the dtype and shape of ``ref``; shares memory where alignment allows."""
+    dtype = _TORCH_DTYPES[ref.dtype]
+    if buffer.storage_offset() % dtype.itemsize:
+        buffer = buffer.clone()
+    return buffer.view(dtype).view(ref.shape)
+
+
+class _LazyTensor:
+    """Stands for a tensor on disk in the state dict that transformers loads from; reads when sliced with ``[...]``."""
+
+    def __init__(self, ref: TensorRef) -> None:
+        self._ref = ref
+        self.shape = ref.shape
+        self.dtype = _TORCH_DTYPES[ref.dtype]
+
+    def get_shape(self) -> list[int]:
+        return list(self._ref.shape)
+
+    def get_dtype(self) -> str:
+        return self._ref.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        buffer = torch.empty(self._ref.nbytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        descriptor = os.open(self._ref.file, os.O_RDONLY)
+        try:
+            done = 0
+            while done < self._ref.nbytes:
+                count = os.preadv(descriptor, [view[done:]], self._ref.offset + done)
+                if count == 0:
+                    raise ReadError(f"{self._ref.file} became shorter while tensor {self._ref.name} was read")
+                done += count
+            os.posix_fadvise(descriptor, self._ref.offset, self._ref.nbytes, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+        return as_tensor(buffer, self._ref)[index]
+
+
+def take_out_experts(model: nn.Module, modules: Sequence[ExpertsModule]) -> None:
+    """Unregisters the per-expert parameters, so that nothing can load, move or initialise them."""
+    for experts in modules:
+        module = model.get_submodule(experts.name)
+        for param in experts.params:
+            meta = getattr(module, param).detach()
+            del module._parameters[param]
+            object.__setattr__(module, param, meta)
+
+
+def load_dense(model: Any, checkpoint: Checkpoint, layout: CheckpointLayout, dtype: torch.dtype, device: torch.device) -> None:
+    """Fills the meta model's dense parameters and buffers in place; the experts must have been taken out.
+
+    Raises CheckpointError when a dense tensor is missing or has the wrong shape.
+    """
+    config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=list(layout.conversions),
+        use_safetensors=True,
+    )
+    state = {name: _LazyTensor(checkpoint.tensors[name]) for name in layout.dense}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        info, _ = model._load_pretrained_model(model, state, None, config)
+        info = model._finalize_model_loading(model, config, info)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit its config.json: {str(error).strip().splitlines()[-1]}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+    if info.missing_keys:
+        raise CheckpointError(f"{checkpoint.path} lacks tensor {min(info.missing_keys)}; fetch the missing shard again")
+    model.eval()
+
+
+def dense_nbytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, tied weights counted once."""
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
+    return sum(tensors.values())

@@ -1,0 +1,49 @@
+"""The arithmetic of one expert, as transformers' experts functions define it, over weights that lie anywhere.
+
+Weights of one parameter may come in several parts, one below the other (gate and up read from different places): each
+part is multiplied into its own columns of the result, nothing is copied together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from poise.model.layout import Weights
+
+
+def expert_forward(module: Any, rows_TH: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """One expert over its tokens, routing weight not applied. Shapes: rows_TH to (T, H), same dtype.
+
+    Honours the module's ``has_gate``, ``has_bias``, ``is_transposed``, ``_apply_gate`` and, where it has one, the norm
+    behind each expert.
+    """
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up_TI = _linear(rows_TH, weights, up_name, module)
+    inner_TI = module._apply_gate(up_TI) if module.has_gate else module.act_fn(up_TI)
+    out_TH = _linear(inner_TI, weights, "down_proj", module)
+    if getattr(module, "has_post_expert_norm", False):
+        out_TH = module.post_expert_norm(out_TH)
+    return out_TH
+
+
+def _linear(rows: torch.Tensor, weights: Mapping[str, tuple[torch.Tensor, ...]], name: str, module: Any) -> torch.Tensor:
+    parts = weights[name]
+    bias = _whole(weights[f"{name}_bias"]) if module.has_bias else None
+    if module.is_transposed:
+        weight = _whole(parts)
+        return torch.addmm(bias, rows, weight) if bias is not None else torch.mm(rows, weight)
+    if len(parts) == 1:
+        return torch.nn.functional.linear(rows, parts[0], bias)
+    result = rows.new_empty(rows.shape[0], sum(part.shape[0] for part in parts))
+    begin = 0
+    for part in parts:
+        torch.mm(rows, part.t(), out=result[:, begin : begin + part.shape[0]])
+        begin += part.shape[0]
+    return result if bias is None else result.add_(bias)
+
+
+def _whole(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

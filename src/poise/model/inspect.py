@@ -1,0 +1,99 @@
+"""What transformers says a checkpoint is: the model on the meta device, and its experts modules.
+
+No table of architectures: the class, its parameters and its shapes come from transformers' own model, built without
+memory. A class whose experts do not go through transformers' registry of experts functions is refused here.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from poise.errors import CheckpointError
+from poise.model.checkpoint import Checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPE_OF_SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsModule:
+    """One MoE layer's experts in the model. ``params`` are its parameters with one slice per expert along dim 0."""
+
+    name: str
+    layer: int
+    num_experts: int
+    params: tuple[str, ...]
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """transformers' configuration object. Raises CheckpointError for a model type it does not know."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{checkpoint.path / 'config.json'} is not one that transformers knows: {reason}") from None
+
+
+def choose_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
+    """``auto`` is the dtype of most of the checkpoint's bytes. Raises CheckpointError for a dtype Poise does not run."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise CheckpointError(f"dtype {dtype!r} is not supported; choose auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    bytes_by_dtype: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        bytes_by_dtype[tensor.dtype] = bytes_by_dtype.get(tensor.dtype, 0) + tensor.nbytes
+    most = max(bytes_by_dtype, key=lambda name: bytes_by_dtype[name])
+    if most not in DTYPE_OF_SAFETENSORS:
+        raise CheckpointError(f"{checkpoint.path} holds {most} weights; Poise runs {', '.join(DTYPE_OF_SAFETENSORS)}")
+    return DTYPE_OF_SAFETENSORS[most]
+
+
+def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
+    """The causal language model on the meta device: shapes and names, no memory. Raises CheckpointError."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    except ValueError as error:
+        raise CheckpointError(f"model type {config.model_type!r} is no causal language model: {str(error)[:120]}") from None
+
+
+def find_experts(model: nn.Module, model_type: str) -> list[ExpertsModule]:
+    """All experts modules that go through transformers' registry, in order of layer.
+
+    Raises CheckpointError when there are none: either the model is dense, or its class keeps its experts to itself.
+    """
+    found: list[ExpertsModule] = []
+    outside: str | None = None
+    for name, module in model.named_modules():
+        num_experts = getattr(module, "num_experts", None)
+        if goes_through_registry(module) and isinstance(num_experts, int):
+            params = tuple(
+                key for key, value in module.named_parameters(recurse=False) if value.dim() and value.shape[0] == num_experts
+            )
+            found.append(ExpertsModule(name=name, layer=_layer_id(name), num_experts=num_experts, params=params))
+        elif name.endswith("experts") and "shared" not in name:
+            outside = outside or type(module).__name__
+    if not found and outside:
+        raise CheckpointError(
+            f"model type {model_type!r} keeps its experts ({outside}) outside transformers' experts registry and is not supported"
+        )
+    if not found:
+        raise CheckpointError(f"model type {model_type!r} has no experts; Poise runs mixture-of-experts models")
+    return sorted(found, key=lambda experts: experts.layer)
+
+
+def goes_through_registry(module: nn.Module) -> bool:
+    """Whether transformers' ``use_experts_implementation`` wraps the class: the seam of ``model.seam``."""
+    return all(hasattr(module, mark) for mark in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+
+
+def _layer_id(name: str) -> int:
+    """The first number in a module's path: its decoder layer."""
+    return next(int(part) for part in name.split(".") if part.isdigit())

@@ -1,0 +1,241 @@
+"""Where each expert lies on disk, and how its bytes become the parameters that the model expects.
+
+transformers' own conversion mapping says which tensors of a checkpoint make up which parameter. It is applied here to one
+expert at a time: where the conversion only stacks experts and puts gate above up (nearly every model), an expert's bytes
+are used as they lie; any other chain of operations is run by transformers itself on that expert's slice alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from poise.errors import CheckpointError
+from poise.model.checkpoint import Checkpoint, TensorRef
+from poise.model.inspect import DTYPE_OF_SAFETENSORS, ExpertsModule
+
+Weights = dict[str, tuple[torch.Tensor, ...]]
+"""An expert's parameters by name; the parts of one parameter lie below each other along dim 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParamRecipe:
+    """How one parameter of one expert is made from ``parts``.
+
+    ``converter`` is None when the parts, one below the other, are the parameter. Otherwise ``patterns`` names the
+    converter's source pattern of each part.
+    """
+
+    param: str
+    parts: tuple[TensorRef, ...]
+    patterns: tuple[str, ...] = ()
+    converter: WeightConverter | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertSource:
+    """One expert on disk. ``shapes`` are the shapes of its parameters in the model, without the expert dimension."""
+
+    module: str
+    layer: int
+    expert: int
+    recipes: tuple[ParamRecipe, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> tuple[TensorRef, ...]:
+        """Every slice of the disk this expert needs, each once."""
+        return tuple({part.offset: part for recipe in self.recipes for part in recipe.parts}.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def converted_nbytes(self) -> int:
+        """Bytes in memory after conversion, each parameter padded to 64."""
+        return sum(-(-_numel(shape) * self.dtype.itemsize // 64) * 64 for shape in self.shapes.values())
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the bytes on disk are the weights, with nothing to convert."""
+        return all(
+            recipe.converter is None and all(DTYPE_OF_SAFETENSORS.get(part.dtype) == self.dtype for part in recipe.parts)
+            for recipe in self.recipes
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointLayout:
+    """``experts_LE[l][e]`` is expert e of the l-th MoE layer; ``dense`` are the names of all other tensors."""
+
+    experts_LE: tuple[tuple[ExpertSource, ...], ...]
+    dense: tuple[str, ...]
+    conversions: tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class _Collected:
+    """The checkpoint tensors that flow into one parameter, by source pattern, in natural order."""
+
+    converter: WeightConverter | None
+    by_pattern: dict[str, list[TensorRef]]
+
+
+def find_layout(checkpoint: Checkpoint, model: Any, modules: Sequence[ExpertsModule], dtype: torch.dtype) -> CheckpointLayout:
+    """Maps every tensor of the checkpoint to the model. ``model`` lies on the meta device, experts included.
+
+    Raises CheckpointError when an expert's tensor is missing or has another shape than the model's.
+    """
+    conversions = tuple(get_model_conversion_mapping(model))
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    by_source = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    expert_params = {f"{module.name}.{param}" for module in modules for param in module.params}
+    collected: dict[str, _Collected] = {}
+    dense: list[str] = []
+    for name in sorted(checkpoint.tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state and name in state:
+            target, pattern = name, None
+        if target not in expert_params:
+            dense.append(name)
+            continue
+        converter = by_source[pattern] if pattern is not None else None
+        entry = collected.setdefault(target, _Collected(converter=converter, by_pattern={}))
+        entry.by_pattern.setdefault(pattern or name, []).append(checkpoint.tensors[name])
+    experts_LE = tuple(
+        tuple(_expert_source(module, expert, collected, state, dtype) for expert in range(module.num_experts)) for module in modules
+    )
+    return CheckpointLayout(experts_LE=experts_LE, dense=tuple(dense), conversions=conversions)
+
+
+def _expert_source(
+    module: ExpertsModule, expert: int, collected: Mapping[str, _Collected], state: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> ExpertSource:
+    shapes = {param: tuple(state[f"{module.name}.{param}"].shape[1:]) for param in module.params}
+    recipes = []
+    made: set[str] = set()
+    for param in module.params:
+        entry = collected.get(f"{module.name}.{param}")
+        if entry is None:
+            continue
+        recipe = _recipe(param, entry, module, expert)
+        made |= _filled_by(param, entry, module)
+        if recipe.converter is None:
+            _check_shape(recipe, shapes[param])
+        recipes.append(recipe)
+    missing = [param for param in module.params if param not in made]
+    if missing:
+        raise CheckpointError(f"the checkpoint holds nothing for {module.name}.{missing[0]}; fetch the missing shard again")
+    return ExpertSource(
+        module=module.name, layer=module.layer, expert=expert, recipes=tuple(recipes), shapes=shapes, dtype=dtype
+    )
+
+
+def _filled_by(param: str, entry: _Collected, module: ExpertsModule) -> set[str]:
+    """The module's parameters that one conversion fills: itself, and more where one tensor is split into several."""
+    patterns = [pattern.replace("\\", "").rstrip("$") for pattern in entry.converter.target_patterns] if entry.converter else []
+    return {param} | {other for other in module.params if any(pattern.endswith(other) for pattern in patterns)}
+
+
+def _recipe(param: str, entry: _Collected, module: ExpertsModule, expert: int) -> ParamRecipe:
+    patterns = list(entry.by_pattern) if entry.converter is None else entry.converter.source_patterns
+    parts: list[TensorRef] = []
+    named: list[str] = []
+    for pattern in patterns:
+        if pattern in entry.by_pattern:
+            parts.append(_slice_of(entry.by_pattern[pattern], module, param, expert))
+            named.append(pattern)
+    converter = entry.converter
+    if converter is None or _only_stacks(converter):
+        return ParamRecipe(param=param, parts=tuple(parts))
+    return ParamRecipe(param=param, parts=tuple(parts), patterns=tuple(named), converter=converter)
+
+
+def _only_stacks(converter: WeightConverter) -> bool:
+    """Whether the conversion stacks experts along dim 0 and, at most, puts their matrices one below the other."""
+    kinds = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
+    return len(kinds) == len(converter.operations) and kinds in (
+        [(MergeModulelist, 0)],
+        [(MergeModulelist, 0), (Concatenate, 1)],
+    )
+
+
+def _slice_of(refs: list[TensorRef], module: ExpertsModule, param: str, expert: int) -> TensorRef:
+    """The part of one source that belongs to one expert: a tensor of its own, or a slice of a fused one."""
+    if len(refs) == module.num_experts and len(refs) > 1:
+        return refs[expert]
+    fused = refs[0]
+    if len(refs) != 1 or not fused.shape or fused.shape[0] != module.num_experts:
+        if len(refs) > 1:
+            raise CheckpointError(f"{module.name}.{param}: {len(refs)} experts on disk, {module.num_experts} in config.json; they must agree")
+        raise CheckpointError(
+            f"tensor {fused.name} has shape {list(fused.shape)}; config.json asks for {module.num_experts} experts along dim 0"
+        )
+    nbytes = fused.nbytes // module.num_experts
+    return TensorRef(
+        name=f"{fused.name}[{expert}]",
+        file=fused.file,
+        dtype=fused.dtype,
+        shape=fused.shape[1:],
+        offset=fused.offset + expert * nbytes,
+        nbytes=nbytes,
+    )
+
+
+def _check_shape(recipe: ParamRecipe, shape: tuple[int, ...]) -> None:
+    rows = sum(part.shape[0] for part in recipe.parts)
+    rest = {part.shape[1:] for part in recipe.parts}
+    if rows != shape[0] or rest != {shape[1:]}:
+        found = " and ".join(f"{part.name} {list(part.shape)}" for part in recipe.parts)
+        raise CheckpointError(f"{found}: config.json asks for {list(shape)} in all; the checkpoint and its config.json do not match")
+
+
+def convert_expert(source: ExpertSource, raw: Mapping[int, torch.Tensor], model: Any, config: Any) -> dict[str, torch.Tensor]:
+    """Runs the conversions of one expert. ``raw`` holds the parts by their offset on disk, shaped as on disk.
+
+    Returns every parameter in the model's shape and dtype.
+    """
+    made: dict[str, torch.Tensor] = {}
+    for recipe in source.recipes:
+        tensors = [raw[part.offset] for part in recipe.parts]
+        if recipe.converter is None:
+            made[recipe.param] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+            continue
+        converter = copy.deepcopy(recipe.converter)
+        stacks = any(isinstance(operation, MergeModulelist) for operation in converter.operations)
+        for pattern, tensor in zip(recipe.patterns, tensors, strict=True):
+            converter.collected_tensors[pattern] = [tensor if stacks else tensor.unsqueeze(0)]
+        result = converter.convert(f"{source.module}.{recipe.param}", model=model, config=config)
+        for name, value in result.items():
+            tensor = value[0] if isinstance(value, list) else value
+            made[name.rsplit(".", 1)[-1]] = tensor.squeeze(0)
+    for param, shape in source.shapes.items():
+        if tuple(made[param].shape) != shape:
+            found = f"{source.module}.{param} of expert {source.expert} becomes {list(made[param].shape)}"
+            raise CheckpointError(f"{found}, not {list(shape)}; the checkpoint and its config.json do not match")
+    return {param: made[param].to(source.dtype) for param in source.shapes}
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,310 @@
+"""Experts on demand: asked for as soon as a router has spoken, read behind compute, kept as the policy says.
+
+The compute thread calls ``request`` (what this layer needs), ``take`` (the next expert that is there) and ``release``;
+reader threads deliver. All state is behind one condition. Demand always goes before prefetch; the reader is given no more
+than it can do at once, so that a late demand never stands behind a row of guesses.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from poise.model.dense import as_tensor
+from poise.model.layout import ExpertSource, Weights, convert_expert
+from poise.offload.arena import Arena
+from poise.offload.read_plan import ReadPlan, plan_reads
+from poise.offload.reader import Reader
+from poise.offload.slots import Key, Slots, State
+from poise.plan.residency import expected_distance_LE, updated_probability_E
+
+PROBABILITY_WEIGHT = 0.2
+"""Weight of the newest pass in the running chance that an expert is used."""
+PREFETCH_PROBABILITY = 0.5
+"""An expert is fetched unasked only when a pass is more likely than not to use it."""
+
+
+@dataclass(slots=True)
+class StoreCounters:
+    """Since the store was made. A hit was in memory when its layer asked; ``prefetched`` counts reads nobody had asked for."""
+
+    hits: int = 0
+    misses: int = 0
+    reads: int = 0
+    prefetched: int = 0
+    bytes_read: int = 0
+
+
+class ExpertStore:
+    """Holds up to ``num_slots`` experts of ``sources_LE`` in memory and reads the others when asked."""
+
+    def __init__(
+        self,
+        sources_LE: Sequence[Sequence[ExpertSource]],
+        *,
+        num_slots: int,
+        slot_bytes: int,
+        capacity: int,
+        reader_threads: int,
+        convert: Callable[[ExpertSource, dict[int, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+    ) -> None:
+        self._sources_LE = sources_LE
+        self._plans: dict[Key, ReadPlan] = {}
+        self._arena = Arena(capacity, slot_bytes)
+        self._slots = Slots(num_slots)
+        self._convert = convert
+        files = [part.file for row in sources_LE for source in row for part in source.parts]
+        self._reader = Reader(files, threads=reader_threads)
+        self._max_under_way = reader_threads + 1
+        self._changed = threading.Condition()
+        self._pending: deque[Key] = deque()
+        self._wanted: set[Key] = set()
+        self._under_way = 0
+        self._weights: dict[Key, Weights] = {}
+        self._error: Exception | None = None
+        self._layer = len(sources_LE) - 1
+        self._used: set[int] = set()
+        self._probability_LE = np.full((len(sources_LE), max(map(len, sources_LE))), 0.5)
+        self._probability_LE[[[e >= len(row) for e in range(self._probability_LE.shape[1])] for row in sources_LE]] = 0.0
+        self._distance_LE = expected_distance_LE(self._layer, self._probability_LE)
+        self._closed = False
+        self.counters = StoreCounters()
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether reads bypass the page cache."""
+        return self._reader.is_direct
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in service."""
+        return self._slots.num_slots
+
+    def request(self, layer: int, experts: Iterable[int]) -> None:
+        """Says that ``layer`` (position among the MoE layers) needs these experts; reads start at once. Repeats are free."""
+        with self._changed:
+            if layer != self._layer:
+                self._finish_layer()
+                self._layer = layer
+            for expert in experts:
+                key = (layer, expert)
+                if key in self._wanted or expert in self._used:
+                    continue
+                self._used.add(expert)
+                self._wanted.add(key)
+                state = self._slots.state(key)
+                self.counters.hits += state is State.READY
+                self.counters.misses += state is not State.READY
+                if state is None:
+                    self._pending.append(key)
+            self._pump()
+
+    def take(self, layer: int, experts: set[int]) -> tuple[int, Weights]:
+        """The next of ``experts`` that is in memory, in use from now on: residents first, then in order of arrival.
+
+        Blocks until one is there. Raises ReadError when the disk fails.
+        """
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                key = next((key for key in self._slots.keys(State.READY) if key[0] == layer and key[1] in experts), None)
+                if key is not None:
+                    self._slots.acquire(key)
+                    return key[1], self._weights[key]
+                assert self._pending or self._under_way, f"nobody is reading any of {sorted(experts)} of layer {layer}"
+                self._changed.wait()
+
+    def release(self, layer: int, expert: int) -> None:
+        """The expert has computed for everyone; it may be evicted."""
+        with self._changed:
+            key = (layer, expert)
+            self._slots.release(key)
+            self._wanted.discard(key)
+            self._probability_now(expert)
+            self._pump()
+
+    def resize(self, num_slots: int) -> None:
+        """Puts more or fewer slots into service, between passes; evicts as needed and returns their memory."""
+        with self._changed:
+            self._drain()
+            for key in sorted(self._slots.keys(State.READY), key=self._slots.slot, reverse=True):
+                if self._slots.slot(key) >= num_slots:
+                    self._evict(key)
+            for slot in self._slots.shrink(num_slots):
+                self._arena.give_back(slot)
+            self._slots.grow(num_slots)
+
+    def abandon(self) -> None:
+        """Forgets what was asked for, after an aborted pass; experts in use become ready again."""
+        with self._changed:
+            self._pending.clear()
+            self._drain()
+            for key in self._slots.keys(State.IN_USE):
+                self._slots.release(key)
+            self._wanted.clear()
+            self._used.clear()
+            self._error = None
+
+    def close(self) -> None:
+        """Ends the reader threads."""
+        with self._changed:
+            self._closed = True
+            self._pending.clear()
+        self._reader.close()
+
+    def _drain(self) -> None:
+        while self._under_way:
+            self._changed.wait()
+
+    def _probability_now(self, expert: int) -> None:
+        """The expert of this layer is done: its next use is a whole circle away."""
+        distance = expected_distance_LE(self._layer, self._probability_LE[:, expert : expert + 1])[self._layer, 0]
+        self._distance_LE[self._layer, expert] = distance
+
+    def _finish_layer(self) -> None:
+        """Learns which experts the layer used, and moves the point from which distances are counted."""
+        used_E = np.zeros(self._probability_LE.shape[1], dtype=bool)
+        used_E[list(self._used)] = True
+        if self._used:
+            row = self._probability_LE[self._layer]
+            self._probability_LE[self._layer] = updated_probability_E(row, used_E, PROBABILITY_WEIGHT)
+        self._used.clear()
+        self._distance_LE = expected_distance_LE(self._layer, self._probability_LE)
+
+    def _pump(self) -> None:
+        """Starts reads while there is demand, a slot, and room at the reader; then prefetches."""
+        while not self._closed and self._under_way < self._max_under_way:
+            if self._pending:
+                if not self._make_room(np.inf):
+                    return
+                self._start(self._pending.popleft())
+            else:
+                key = self._guess()
+                if key is None or not self._make_room(float(self._distance_LE[key]) + 1.0):
+                    return
+                self.counters.prefetched += 1
+                self._start(key)
+
+    def _guess(self) -> Key | None:
+        """The absent expert with the nearest expected use, if a pass is likely to use it."""
+        num_layers = len(self._sources_LE)
+        for ahead in range(1, num_layers):
+            layer = (self._layer + ahead) % num_layers
+            likely = np.flatnonzero(self._probability_LE[layer] > PREFETCH_PROBABILITY)
+            for expert in likely[np.argsort(-self._probability_LE[layer, likely], kind="stable")]:
+                if self._slots.state((layer, int(expert))) is None:
+                    return layer, int(expert)
+        return None
+
+    def _make_room(self, nearer_than: float) -> bool:
+        """Frees a slot by evicting the farthest expert nobody waits for; a guess may only displace a farther one."""
+        if self._slots.num_free:
+            return True
+        idle = [key for key in self._slots.keys(State.READY) if key not in self._wanted]
+        if not idle:
+            return False
+        layers, experts = np.array(idle).T
+        distances = self._distance_LE[layers, experts]
+        farthest = int(distances.argmax())
+        if nearer_than != np.inf and distances[farthest] < nearer_than:
+            return False
+        self._evict(idle[farthest])
+        return True
+
+    def _evict(self, key: Key) -> None:
+        self._slots.evict(key)
+        del self._weights[key]
+
+    def _start(self, key: Key) -> None:
+        slot = self._slots.reserve(key)
+        source = self._source(key)
+        plan = self._plans.get(key) or self._plans.setdefault(key, plan_reads(source.parts))
+        self._under_way += 1
+        self.counters.reads += 1
+        self.counters.bytes_read += plan.nbytes
+        staging = None if source.is_direct else Arena(1, plan.nbytes)
+        into, index = (self._arena, slot) if staging is None else (staging, 0)
+        reads = [
+            (extent.file, extent.file_offset, extent.needed_bytes, into.view_of(index, extent.slot_offset, extent.nbytes))
+            for extent in plan.extents
+        ]
+        self._reader.submit(reads, lambda error: self._arrived(key, slot, plan, staging, error))
+
+    def _arrived(self, key: Key, slot: int, plan: ReadPlan, staging: Arena | None, error: Exception | None) -> None:
+        """On a reader thread: turns bytes into weights and wakes the compute thread."""
+        weights: Weights = {}
+        if error is None:
+            try:
+                weights = self._weights_of(key, slot, plan, staging)
+            except Exception as failure:  # noqa: BLE001 - carried to the compute thread, raised by take()
+                error = failure
+        with self._changed:
+            self._under_way -= 1
+            if error is None:
+                self._slots.loaded(key)
+                self._weights[key] = weights
+                self._pump()
+            else:
+                self._slots.failed(key)
+                self._error = error
+            self._changed.notify_all()
+
+    def _weights_of(self, key: Key, slot: int, plan: ReadPlan, staging: Arena | None) -> Weights:
+        source = self._source(key)
+        if staging is None:
+            return {recipe.param: self._views(recipe.parts, slot, plan) for recipe in source.recipes}
+        assert self._convert is not None, "this checkpoint needs conversion and nobody converts"
+        raw = {
+            part.offset: as_tensor(staging.bytes_of(0, plan.slot_offsets[part], part.nbytes), part) for part in source.parts
+        }
+        weights: Weights = {}
+        offset = 0
+        for param, tensor in self._convert(source, raw).items():
+            place = self._arena.bytes_of(slot, offset, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+            place.copy_(tensor)
+            weights[param] = (place,)
+            offset += -(-tensor.nbytes // 64) * 64
+        return weights
+
+    def _views(self, parts: Sequence[Any], slot: int, plan: ReadPlan) -> tuple[torch.Tensor, ...]:
+        """A parameter's parts as tensors over the slot; parts that touch become one."""
+        groups: list[list[Any]] = []
+        for part in parts:
+            if groups and plan.slot_offsets[groups[-1][-1]] + groups[-1][-1].nbytes == plan.slot_offsets[part]:
+                groups[-1].append(part)
+            else:
+                groups.append([part])
+        views = []
+        for group in groups:
+            nbytes = sum(part.nbytes for part in group)
+            flat = self._arena.bytes_of(slot, plan.slot_offsets[group[0]], nbytes)
+            rows = sum(part.shape[0] for part in group)
+            views.append(flat.view(self._sources_LE[0][0].dtype).view(rows, *group[0].shape[1:]))
+        return tuple(views)
+
+    def _source(self, key: Key) -> ExpertSource:
+        return self._sources_LE[key[0]][key[1]]
+
+
+def slot_bytes_for(sources_LE: Sequence[Sequence[ExpertSource]]) -> int:
+    """Bytes a slot needs so that every expert fits."""
+    return max(
+        plan_reads(source.parts).nbytes if source.is_direct else source.converted_nbytes for row in sources_LE for source in row
+    )
+
+
+def converter_for(model: Any, config: Any) -> Callable[[ExpertSource, dict[int, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Binds transformers' conversions to the model they belong to."""
+
+    @torch.inference_mode()
+    def convert(source: ExpertSource, raw: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return convert_expert(source, raw, model, config)
+
+    return convert

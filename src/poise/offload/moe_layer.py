@@ -1,0 +1,67 @@
+"""One MoE layer for a whole group of batches: each expert once, over the tokens of all of them.
+
+The order is that of arrival (residents first), yet the result does not depend on it: every (token, choice) has its own
+row of contributions, summed over the choices at the end. Padding tokens and masked choices ask for no expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from poise.model.experts import expert_forward
+from poise.model.seam import Parked
+from poise.offload.expert_store import ExpertStore
+
+
+def chosen_experts(parked: Parked, real_T: torch.Tensor | None) -> list[int]:
+    """The experts that the real tokens of a batch chose, ascending. ``real_T``: bool, False for padding; None: all real."""
+    chosen = parked.top_k_index_TK if real_T is None else parked.top_k_index_TK[real_T]
+    num_experts: int = parked.module.num_experts  # type: ignore[assignment]
+    return [expert for expert in chosen.unique().tolist() if expert < num_experts]
+
+
+def run_experts(
+    store: ExpertStore, layer: int, parked: Sequence[Parked], real: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """The experts' outputs for every parked batch, shapes as their hidden states. ``layer``: position among MoE layers."""
+    module = parked[0].module
+    hidden_TH = _joined([entry.hidden_TH for entry in parked])
+    index_TK = _joined([entry.top_k_index_TK for entry in parked])
+    weights_TK = _joined([entry.top_k_weights_TK for entry in parked])
+    num_experts: int = module.num_experts  # type: ignore[assignment]
+    tokens, top_k = index_TK.shape
+    choice_P = _choices(index_TK, real, [len(entry.hidden_TH) for entry in parked], num_experts)
+    order_P = choice_P.argsort(stable=True)
+    ends = torch.bincount(choice_P, minlength=num_experts + 1).cumsum(0).tolist()
+    begin_of = {expert: ends[expert - 1] if expert else 0 for expert in range(num_experts)}
+    remaining = {expert for expert in range(num_experts) if ends[expert] > begin_of[expert]}
+    all_real = ends[num_experts - 1] == tokens * top_k
+    make = hidden_TH.new_empty if all_real else hidden_TH.new_zeros
+    contributions_PH = make(tokens * top_k, hidden_TH.shape[1])
+    weights_P = weights_TK.reshape(-1, 1)
+    while remaining:
+        expert, weights = store.take(layer, remaining)
+        pairs = order_P[begin_of[expert] : ends[expert]]
+        output = expert_forward(module, hidden_TH[pairs // top_k], weights) * weights_P[pairs]
+        contributions_PH.index_copy_(0, pairs, output.to(contributions_PH.dtype))
+        store.release(layer, expert)
+        remaining.remove(expert)
+    output_TH = contributions_PH.view(tokens, top_k, -1).sum(dim=1)
+    return list(output_TH.split([len(entry.hidden_TH) for entry in parked]))
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _choices(
+    index_TK: torch.Tensor, real: Sequence[torch.Tensor | None], tokens: Sequence[int], num_experts: int
+) -> torch.Tensor:
+    """Every choice's expert, flat; ``num_experts`` where the token is padding or the router masked the choice."""
+    choice_TK = index_TK.clamp(max=num_experts)
+    if any(mask is not None for mask in real):
+        whole = [mask if mask is not None else torch.ones(n, dtype=torch.bool) for mask, n in zip(real, tokens, strict=True)]
+        choice_TK = choice_TK.masked_fill(~torch.cat(whole)[:, None], num_experts)
+    return choice_TK.reshape(-1)
