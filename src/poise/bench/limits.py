@@ -51,7 +51,6 @@ class ChildResult:
     """How a child ended. ``returncode`` is negative for a signal, as in ``subprocess``.
 
     ``peak_bytes`` is the control group's peak, page cache included; None where memory is not limited.
-    ``peak_rss_bytes`` is the largest resident set of a single process; it counts shared libraries and mapped files.
     ``read_bytes`` is what the kernel fetched from storage for it, page faults included; None where it is not counted.
     """
 
@@ -62,7 +61,6 @@ class ChildResult:
     timed_out: bool
     out_of_memory: bool
     peak_bytes: int | None
-    peak_rss_bytes: int
     read_bytes: int | None
 
 
@@ -128,8 +126,7 @@ class Limits:
         _ended_within(child.pid, None)
         elapsed_s = time.monotonic() - start_s
         read_bytes = _storage_bytes_read(child.pid)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        child.wait()
         memory = self._memory_group
         return ChildResult(
             returncode=child.returncode,
@@ -139,7 +136,6 @@ class Limits:
             timed_out=timed_out,
             out_of_memory=memory is not None and cgroup.oom_kills(*memory) > 0,
             peak_bytes=cgroup.peak_bytes(*memory) if memory else None,
-            peak_rss_bytes=usage.ru_maxrss * 1024,
             read_bytes=read_bytes,
         )
 

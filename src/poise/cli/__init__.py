@@ -1,7 +1,7 @@
 """The `poise` command.
 
-Contract: `main()` never shows a user a traceback for something that they can put right. It prints one line on stderr that
-starts with ``poise: `` and exits with 2 for bad input, 1 when reading or writing failed, 130 after Ctrl-C.
+Contract: `main()` never shows a user a traceback for something that they can put right. It prints one line on stderr
+that starts with ``poise: `` and exits with 2 for bad input, 1 when reading or writing failed, 130 after Ctrl-C.
 An error in Poise itself does end in a traceback: it is a bug, and the traceback is what a report of it needs.
 Not here: the commands (`app`), and anything that loads torch before a command needs it.
 """

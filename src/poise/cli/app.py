@@ -1,7 +1,7 @@
 """What a user can type: the commands of `poise`, their options, their help.
 
-Contract: the commands and flags are those of the architecture page; each help holds an example; nothing here imports torch
-or transformers before a command needs them, so that `poise --help` answers at once.
+Contract: the commands and flags are those of the architecture page; each help holds an example; nothing here imports
+torch or transformers before a command needs them, so that `poise --help` answers at once.
 Not here: what a command does. It checks nothing but types; ranges are checked where the values are used.
 """
 
@@ -21,7 +21,6 @@ app = typer.Typer(
     help="Runs mixture-of-experts language models that are larger than memory.",
     epilog='Example: poise generate ./OLMoE-1B-7B "The capital of France is" --memory 4GiB',
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
@@ -32,25 +31,27 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None and (text := context.get_help()):  # with Rich it prints, and returns nothing
+        typer.echo(text)
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a Hugging Face checkpoint (safetensors).")]
-Prompts = Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")]
+Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue.")]
 PromptFile = Annotated[
     str | None,
     typer.Option(
         "--prompts",
         metavar="FILE",
-        help='Read prompts from a .jsonl file ({"prompt": "..."} or {"prompt_token_ids": [...]} a line, each with optional '
-        "id, max_tokens, temperature, top_p, top_k, seed, stop), from a .txt file (a prompt a line), or JSONL from "
-        "standard input (-).",
+        help='Read prompts from a .jsonl file ({"prompt": "..."} or {"prompt_token_ids": [...]} a line, each with '
+        "optional id, max_tokens, temperature, top_p, top_k, seed, stop), from a .txt file (a prompt a line), or JSONL "
+        "from standard input (-).",
     ),
 ]
 Output = Annotated[
@@ -67,7 +68,9 @@ Memory = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Number type to compute in: auto (the checkpoint's), bfloat16, ...")]
+Dtype = Annotated[
+    str, typer.Option(metavar="DTYPE", help="Number type to compute in: auto (the checkpoint's), bfloat16, ...")
+]
 Temperature = Annotated[float, typer.Option(metavar="T", help="Randomness of the choice of tokens; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(metavar="P", help="Choose among the likeliest tokens that sum to P.")]
 TopK = Annotated[int | None, typer.Option(metavar="K", help="Choose among the K likeliest tokens.")]
@@ -81,7 +84,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
     epilog="Examples:\n\n"
     'poise generate ./OLMoE-1B-7B "The capital of France is" --max-tokens 32\n\n'
     "poise generate ./Mixtral-8x7B --prompts in.jsonl --output out.jsonl --memory 16GiB --resume",
-    no_args_is_help=True,
 )
 def generate(
     model: Model,
@@ -104,8 +106,9 @@ def generate(
 ) -> None:
     """Continues texts with a model whose experts are streamed from disk under a memory budget.
 
-    One prompt is streamed to standard output as it is generated; several are printed in order of input. Results for
-    programs: --output, or --json ({"results": [...], "stats": {...}, "plan": {...}}).
+    One prompt is streamed to standard output as it is generated; several are printed in order of input.
+
+    Results for programs: --output, or --json ({"results": [...], "stats": {...}, "plan": {...}}).
     """
     sampling = SamplingParams(
         max_tokens=max_tokens,

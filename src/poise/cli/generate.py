@@ -1,9 +1,9 @@
 """`poise generate`: from the options to results, on a terminal or in a file.
 
 Contract: everything that can be refused without the model is refused before torch is imported. Standard output gets the
-texts (or, with --json, one object) and nothing else; the plan, progress and statistics go to standard error. Ctrl-C becomes
-Interrupted, whose line says whether results are kept.
-Not here: what a user can type (`app`), reading prompts (`prompts`), the output file (`output`), generating (the engine).
+texts (or, with --json, one object) and nothing else; the plan, progress and statistics go to standard error. Ctrl-C
+becomes Interrupted, whose line says whether results are kept.
+Not here: what a user can type (`app`), reading prompts (`prompts`), the output file (`output`), generating (`engine`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poise.cli.output import ResultFile, finished_lines, fingerprint
+from poise.cli.output import ResultFile, fingerprint, finished_lines, output_line
 from poise.cli.prompts import PromptRequest, read_requests
 from poise.engine.request import Progress, RequestOutput
 from poise.engine.sampling import SamplingParams
@@ -83,14 +83,16 @@ def run_generate(options: GenerateOptions) -> None:
             _generate(options, requests, results)
             results.finish()
         except KeyboardInterrupt:
-            raise Interrupted(_kept(results)) from None
+            raise Interrupted(_what_is_kept(results, options)) from None
 
 
-def _kept(results: ResultFile) -> str:
+def _what_is_kept(results: ResultFile, options: GenerateOptions) -> str:
     if not results.finished:
-        return "interrupted; no result was finished, nothing is left behind"
-    count = f"{len(results.finished)} of {results.total} results"
-    return f"interrupted; {count} are kept in {results.journal}; add --resume to the same command to continue"
+        return "interrupted; no result was finished, and nothing is left behind"
+    kept = f"interrupted; {len(results.finished)} of {results.total} results are kept in {results.journal}"
+    if options.resume:
+        return f"{kept}; the same command continues"
+    return f"{kept}; to continue, give the same command with --resume{' instead of --overwrite' * options.overwrite}"
 
 
 def _identity(
@@ -101,7 +103,7 @@ def _identity(
         "model": os.path.realpath(options.model),
         "dtype": options.dtype,
         "prompts": fingerprint(heads),
-        "sampling": fingerprint([asdict(request.sampling) for request in requests]),
+        "sampling options": fingerprint([asdict(request.sampling) for request in requests]),
     }
 
 
@@ -127,7 +129,7 @@ def _generate(options: GenerateOptions, requests: Sequence[PromptRequest], file:
                     on_result=view.on_result,
                     on_progress=view.on_progress,
                 )
-                stats = _stats(view.progress, llm)
+                stats = view.stats(llm)
         finally:
             view.end()
         _say(_summary(stats))
@@ -150,6 +152,7 @@ class _View:
         self.bar = _Bar(len(requests)) if sys.stderr.isatty() else _PlainLines()
         self.progress: Progress | None = None
         self._line_by_index: dict[int, dict[str, Any]] = {}
+        self._printed = 0  # results
         self._streamed = ""  # the last piece of streamed text
 
     def on_text(self, index: int, piece: str) -> None:
@@ -162,26 +165,31 @@ class _View:
         self.progress = progress
         if not self._streamed:
             done = len(self.requests) - len(self.pending) + progress.finished
-            message = f"{done}/{len(self.requests)} prompts, {_rates(progress)}"
+            message = f"{done}/{len(self.requests)} prompts, {_rates(_measured(progress))}"
             self.bar.show(message, done=done, now_s=progress.elapsed_s)
 
     def on_result(self, output: RequestOutput) -> None:
         index = self.pending[output.index]
-        line = _output_line(self.requests[index].head(index), output)
+        line = output_line(self.requests[index].head(index), output)
         if self.file is not None:
             self.file.append(line)
             return
-        earlier = self._in_order()
         self._line_by_index[index] = line
-        if self.prints and not self.streams:
+        while self.prints and not self.streams and self._printed in self._line_by_index:
             self.bar.clear()
-            for ready in range(earlier, self._in_order()):
-                print(f"[{ready + 1}/{len(self.requests)}] {_excerpt(self._line_by_index[ready])}")
-                print(self._line_by_index[ready]["text"], end="\n\n", flush=True)
+            ready = self._line_by_index[self._printed]
+            self._printed += 1
+            print(f"[{self._printed}/{len(self.requests)}] {_excerpt(ready)}\n{ready['text']}\n", flush=True)
 
     def held(self) -> list[dict[str, Any]]:
         """The results in order of input."""
         return [self._line_by_index[index] for index in sorted(self._line_by_index)]
+
+    def stats(self, llm: LLM) -> dict[str, Any]:
+        """What the run took, for the summary and --json."""
+        assert self.progress is not None, "the engine reports progress at least once"
+        memory = {"base_bytes": llm.base_bytes, "budget_bytes": llm.budget_bytes, "peak_bytes": _peak_bytes()}
+        return {**_measured(self.progress), **memory}
 
     def end(self) -> None:
         """Takes the bar off the screen and ends the last line of streamed text."""
@@ -189,3 +197,95 @@ class _View:
         if self._streamed and not self._streamed.endswith("\n"):
             print(flush=True)
 
+
+class _Bar:
+    """Progress on a terminal: a bar on standard error that can be taken away and put back."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TimeElapsedColumn())
+        console = Console(stderr=True)
+        self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, refresh_per_second=4)
+        self._task = self._bar.add_task("", total=total)
+        self._on_screen = False
+
+    def show(self, message: str, *, done: int, now_s: float) -> None:
+        self._bar.update(self._task, description=message, completed=done)
+        if not self._on_screen:
+            self._bar.start()
+            self._on_screen = True
+
+    def clear(self) -> None:
+        if self._on_screen:
+            self._bar.stop()
+            self._on_screen = False
+
+
+class _PlainLines:
+    """Progress where standard error is a file or a pipe: a line now and then."""
+
+    def __init__(self) -> None:
+        self._next_s = SECONDS_BETWEEN_LINES
+
+    def show(self, message: str, *, done: int, now_s: float) -> None:
+        if now_s >= self._next_s:
+            _say(message)
+            self._next_s = now_s + SECONDS_BETWEEN_LINES
+
+    def clear(self) -> None:
+        """Nothing to take away."""
+
+
+def _excerpt(line: Mapping[str, Any]) -> str:
+    """The beginning of a prompt on one line."""
+    text = line.get("prompt") or f"token ids {line['prompt_token_ids']}"
+    text = " ".join(text.split())
+    return text if len(text) <= 70 else f"{text[:67]}..."
+
+
+def _header(plan: Mapping[str, object], llm: LLM) -> str:
+    facts = []
+    for name, value in plan.items():
+        if name.endswith("_bytes") and isinstance(value, int | float):
+            facts.append(f"{name.removesuffix('_bytes').replace('_', ' ')} {format_bytes(value)}")
+        else:
+            facts.append(f"{name.replace('_', ' ')} {value}")
+    budget = f"memory budget {format_bytes(llm.budget_bytes)} beside a base of {format_bytes(llm.base_bytes)}"
+    return ", ".join([*facts, budget])
+
+
+def _peak_bytes() -> int:
+    """Most memory this process has held. On Linux ``ru_maxrss`` would include the parent's from before exec."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def _measured(progress: Progress) -> dict[str, Any]:
+    rates = {"generated_tokens_per_s": progress.generated_tokens_per_s, "hit_frac": progress.hit_frac}
+    return {**asdict(progress), **rates}
+
+
+def _rates(stats: Mapping[str, Any]) -> str:
+    speed = f"{stats['generated_tokens_per_s']:.3g} tokens/s"
+    return f"{speed}, {format_bytes(stats['bytes_read'])} read, {stats['hit_frac']:.0%} expert hits"
+
+
+def _summary(stats: Mapping[str, Any]) -> str:
+    added_bytes = max(0, stats["peak_bytes"] - stats["base_bytes"])
+    return (
+        f"{stats['generated_tokens']} tokens in {format_s(stats['elapsed_s'])}, {_rates(stats)}, "
+        f"peak memory {format_bytes(added_bytes)} of a budget of {format_bytes(stats['budget_bytes'])}"
+    )
+
+
+def _print_json(results: Sequence[Mapping[str, Any]], stats: object, plan: object) -> None:
+    print(json.dumps({"results": results, "stats": stats, "plan": plan}))
+
+
+def _say(message: str) -> None:
+    print(f"poise: {message}", file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
 """Results on their way to a JSONL file: in order of input there, in order of finishing in a journal beside it.
 
-Contract: the output file appears at once and complete, or not at all (written beside it, then renamed). Until then every
-finished result is a line of the journal ``FILE.partial``, handed to the operating system before the next one, so that a crash
-of the process loses none; ``resume`` continues from it. A journal without a result is not kept. The journal is locked while
-a run writes it. Its first line says what it belongs to; a journal of another run, or a file that is no journal, is refused.
-Not here: what a line holds (beyond its ``index``), and surviving a power failure (no fsync per line).
+Contract: the output file appears at once and complete, or not at all (written beside it, then renamed). Until then each
+finished result is a line of the journal ``FILE.partial``, handed to the operating system before the next one, so that a
+crash of the process loses none; `resume` continues from it. A journal without a result is not kept. It is locked while
+a run writes it, and its first line says what it belongs to: one of another run, or a file that is none, is refused.
+Not here: surviving a power failure (there is no fsync per line, only one of the complete file).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from poise.engine.request import RequestOutput
 from poise.errors import PoiseError, UsageError
 
 _MARK = b'{"poise_journal": 1, '
@@ -39,11 +40,11 @@ def fingerprint(value: object) -> str:
 
 
 class ResultFile:
-    """`total` results, identified by index, on their way to the file `path`. A context manager; see the module's contract.
+    """`total` results, identified by index, on their way to the file `path`. A context manager.
 
-    `identity` names what the results depend on (``{"prompts": fingerprint, ...}``). Raises UsageError when `path` cannot be
-    written, when it or a journal exists and neither `resume` nor `overwrite` says what to do, or when the journal to be
-    resumed has another identity; PoiseError when the disk fails later.
+    `identity` names what the results depend on (``{"prompts": fingerprint, ...}``). Raises UsageError when
+    `path` cannot be written, when it or a journal exists and neither `resume` nor `overwrite` says what to do, or when
+    the journal to be resumed has another identity; PoiseError when the disk fails later.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class ResultFile:
         self.path = _writable_file(path)
         self.journal = journal_path(self.path)
         self.total = total
-        if self.path.exists() and not overwrite and not (resume and self.journal.exists()):
-            raise UsageError(f"output file {path} exists; add --overwrite to replace it, or name another")
+        if not (overwrite or self.journal.exists()):
+            self._require_no_output()
         header = _MARK + json.dumps({"identity": dict(identity)})[1:].encode() + b"\n"
         self._descriptor: int | None = _open_locked(self.journal)
         try:
@@ -126,17 +127,23 @@ class ResultFile:
         if len(lines) > 1 and not overwrite:
             if not resume:
                 raise UsageError(
-                    f"{self.journal} holds {len(lines) - 1} results of an interrupted run; add --resume to continue it, "
-                    f"or --overwrite to start again"
+                    f"{self.journal} holds {len(lines) - 1} results of an interrupted run; "
+                    f"add --resume to continue it, or --overwrite to start again"
                 )
             self._require_identity(lines[0], header)
             spans, end = self._spans_of(lines), sum(map(len, lines))
             os.ftruncate(self._descriptor, end)
             return spans, end
+        if not (overwrite or resume):
+            self._require_no_output()
         with _reporting(self.journal):
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, header, 0)
         return {}, len(header)
+
+    def _require_no_output(self) -> None:
+        if self.path.exists():
+            raise UsageError(f"output file {self.path} exists; add --overwrite to replace it, or name another")
 
     def _require_identity(self, found: bytes, wanted: bytes) -> None:
         if found == wanted:
@@ -198,6 +205,19 @@ def finished_lines(path: Path, heads: Sequence[Mapping[str, object]]) -> list[di
     return lines
 
 
+def output_line(head: Mapping[str, Any], output: RequestOutput) -> dict[str, Any]:
+    """A line of output: `head` (what was known of it before the run), then what was generated."""
+    completion = output.outputs[0]
+    return {
+        **head,
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "generated_tokens": len(completion.token_ids),
+    }
+
+
 def _encode(line: Mapping[str, object]) -> bytes:
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
@@ -230,7 +250,9 @@ def _open_locked(journal: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise UsageError(f"{journal} is being written by another run; wait for it, or name another output") from None
+            raise UsageError(
+                f"{journal} is being written by another run; wait for it, or name another output"
+            ) from None
         except OSError:
             os.close(descriptor)
             raise

@@ -1,8 +1,8 @@
 """Prompts as users give them: arguments, a JSONL file, a text file with a prompt a line, or JSONL on standard input.
 
-Contract: what comes out is never empty, and every request carries its complete sampling parameters: those of the command
-line, overridden by those of its line. A problem is a PromptError that names the file and the line. Blank lines at the end of
-a file are ignored; anywhere else they are an error, so that line numbers and results stay together.
+Contract: what comes out is never empty, and every request carries its complete sampling parameters: those of the
+command line, overridden by those of its line. A problem is a PromptError that names the file and the line. Blank lines
+at the end of a file are ignored; elsewhere they are an error, so that line numbers and results stay together.
 Not here: tokenizing, and checking token ids against a vocabulary (the engine does both).
 """
 
@@ -80,7 +80,9 @@ def _parser_of(source: str) -> tuple[Callable[[str, SamplingParams], PromptReque
         return _parse_text_line, source
     if suffix in ("", ".jsonl", ".ndjson"):  # none: a pipe such as /dev/fd/63
         return _parse_json_line, source
-    raise PromptError(f"prompt file {source!r} is of an unknown kind; give a .jsonl or .txt file, or - for JSONL on stdin")
+    raise PromptError(
+        f"prompt file {source!r} is of an unknown kind; give a .jsonl or .txt file, or - for JSONL on stdin"
+    )
 
 
 def _read(source: str, name: str) -> bytes:
@@ -178,7 +180,7 @@ def _sampling_of(fields: Mapping[str, Any], defaults: SamplingParams) -> Samplin
         value = fields[name]
         if isinstance(value, bool) or not isinstance(value, types):
             raise PromptError(f"{name} is {_shown(value)}; it must be {allowed}")
-        changes[name] = float(value) if float in types else value
+        changes[name] = float(value) if isinstance(value, int) and float in types else value
     if "stop" in changes:
         changes["stop"] = _stop_strings_of(changes["stop"])
     return replace(defaults, **changes)

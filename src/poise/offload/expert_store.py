@@ -62,6 +62,8 @@ class ExpertStore:
         files = [part.file for row in sources_LE for source in row for part in source.parts]
         self._reader = Reader(files, threads=reader_threads)
         self._max_under_way = reader_threads + 1
+        self._ahead: set[Key] = set()
+        self._absent_LE = np.array([[e < len(row) for e in range(max(map(len, sources_LE)))] for row in sources_LE])
         self._changed = threading.Condition()
         self._pending: deque[Key] = deque()
         self._wanted: set[Key] = set()
@@ -70,8 +72,7 @@ class ExpertStore:
         self._error: Exception | None = None
         self._layer = len(sources_LE) - 1
         self._used: set[int] = set()
-        self._probability_LE = np.full((len(sources_LE), max(map(len, sources_LE))), 0.5)
-        self._probability_LE[[[e >= len(row) for e in range(self._probability_LE.shape[1])] for row in sources_LE]] = 0.0
+        self._probability_LE = np.where(self._absent_LE, 0.5, 0.0)
         self._distance_LE = expected_distance_LE(self._layer, self._probability_LE)
         self._closed = False
         self.counters = StoreCounters()
@@ -98,6 +99,7 @@ class ExpertStore:
                     continue
                 self._used.add(expert)
                 self._wanted.add(key)
+                self._ahead.discard(key)
                 state = self._slots.state(key)
                 self.counters.hits += state is State.READY
                 self.counters.misses += state is not State.READY
@@ -127,7 +129,7 @@ class ExpertStore:
             key = (layer, expert)
             self._slots.release(key)
             self._wanted.discard(key)
-            self._probability_now(expert)
+            self._distance_LE[key] += len(self._sources_LE)
             self._pump()
 
     def resize(self, num_slots: int) -> None:
@@ -163,11 +165,6 @@ class ExpertStore:
         while self._under_way:
             self._changed.wait()
 
-    def _probability_now(self, expert: int) -> None:
-        """The expert of this layer is done: its next use is a whole circle away."""
-        distance = expected_distance_LE(self._layer, self._probability_LE[:, expert : expert + 1])[self._layer, 0]
-        self._distance_LE[self._layer, expert] = distance
-
     def _finish_layer(self) -> None:
         """Learns which experts the layer used, and moves the point from which distances are counted."""
         used_E = np.zeros(self._probability_LE.shape[1], dtype=bool)
@@ -176,6 +173,7 @@ class ExpertStore:
             row = self._probability_LE[self._layer]
             self._probability_LE[self._layer] = updated_probability_E(row, used_E, PROBABILITY_WEIGHT)
         self._used.clear()
+        self._ahead = {key for key in self._ahead if key[0] != self._layer}
         self._distance_LE = expected_distance_LE(self._layer, self._probability_LE)
 
     def _pump(self) -> None:
@@ -190,18 +188,21 @@ class ExpertStore:
                 if key is None or not self._make_room(float(self._distance_LE[key]) + 1.0):
                     return
                 self.counters.prefetched += 1
+                self._ahead.add(key)
                 self._start(key)
 
     def _guess(self) -> Key | None:
-        """The absent expert with the nearest expected use, if a pass is likely to use it."""
-        num_layers = len(self._sources_LE)
-        for ahead in range(1, num_layers):
-            layer = (self._layer + ahead) % num_layers
-            likely = np.flatnonzero(self._probability_LE[layer] > PREFETCH_PROBABILITY)
-            for expert in likely[np.argsort(-self._probability_LE[layer, likely], kind="stable")]:
-                if self._slots.state((layer, int(expert))) is None:
-                    return layer, int(expert)
-        return None
+        """The absent expert with the nearest expected use, if a pass is likely to use it and few guesses are waiting.
+
+        Reading far ahead would turn slots that save a read in every pass into a buffer: an eighth of them at most.
+        """
+        if len(self._ahead) >= max(1, self._slots.num_slots // 8):
+            return None
+        likely_LE = self._absent_LE & (self._probability_LE > PREFETCH_PROBABILITY)
+        likely_LE[self._layer] = False
+        nearest = int(np.where(likely_LE, self._distance_LE, np.inf).argmin())
+        layer, expert = divmod(nearest, likely_LE.shape[1])
+        return (layer, expert) if likely_LE[layer, expert] else None
 
     def _make_room(self, nearer_than: float) -> bool:
         """Frees a slot by evicting the farthest expert nobody waits for; a guess may only displace a farther one."""
@@ -220,10 +221,13 @@ class ExpertStore:
 
     def _evict(self, key: Key) -> None:
         self._slots.evict(key)
+        self._absent_LE[key] = True
+        self._ahead.discard(key)
         del self._weights[key]
 
     def _start(self, key: Key) -> None:
         slot = self._slots.reserve(key)
+        self._absent_LE[key] = False
         source = self._source(key)
         plan = self._plans.get(key) or self._plans.setdefault(key, plan_reads(source.parts))
         self._under_way += 1
@@ -253,6 +257,8 @@ class ExpertStore:
                 self._pump()
             else:
                 self._slots.failed(key)
+                self._absent_LE[key] = True
+                self._ahead.discard(key)
                 self._error = error
             self._changed.notify_all()
 

@@ -1,0 +1,35 @@
+"""The next token of each row from its logits. The filters are transformers' own; randomness belongs to the sequence."""
+
+from __future__ import annotations
+
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from poise.engine.sampling import SamplingParams
+
+
+def make_generator(params: SamplingParams) -> torch.Generator | None:
+    """The sequence's own source of randomness; None when it is greedy."""
+    if params.temperature == 0.0:
+        return None
+    generator = torch.Generator()
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+    return generator
+
+
+def choose_token(logits_V: torch.Tensor, params: SamplingParams, generator: torch.Generator | None) -> int:
+    """One token from the logits of one row, any float dtype."""
+    if generator is None:
+        return int(logits_V.argmax())
+    scores = logits_V.float()[None]
+    ids = torch.empty(1, 0, dtype=torch.long)
+    if params.temperature != 1.0:
+        scores = TemperatureLogitsWarper(params.temperature)(ids, scores)
+    if params.top_k is not None:
+        scores = TopKLogitsWarper(params.top_k)(ids, scores)
+    if params.top_p < 1.0:
+        scores = TopPLogitsWarper(params.top_p)(ids, scores)
+    return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=generator))

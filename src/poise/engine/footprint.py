@@ -1,0 +1,76 @@
+"""What this process takes and may take of the machine's memory, as the kernel counts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from poise.units import KIB
+
+AUTO_MARGIN_FRAC = 0.1
+"""Share of the free memory that an automatic budget leaves alone."""
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident set since the start, or since the last ``reset_peak``."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> bool:
+    """Starts the peak anew; False where the kernel does not let us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def available_bytes() -> int:
+    """Memory this process can still take: what the machine has, or less where a memory cgroup says so."""
+    machine = next(
+        int(line.split()[1]) * KIB for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
+    )
+    return min([machine, *_cgroup_rooms()])
+
+
+def automatic_budget_bytes() -> int:
+    """The budget of ``memory="auto"``: what is available, less a margin."""
+    return int(available_bytes() * (1.0 - AUTO_MARGIN_FRAC))
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * KIB
+    raise AssertionError(f"the kernel reports no {field}")
+
+
+def _cgroup_rooms() -> list[int]:
+    """Room left in every memory cgroup (v1 or v2) this process is in; reclaimable page cache counts as room."""
+    rooms = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            folder, limit_name, usage_name = Path("/sys/fs/cgroup" + path), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            folder = Path("/sys/fs/cgroup/memory" + path)
+            limit_name, usage_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        try:
+            limit, usage = (folder / limit_name).read_text().strip(), int((folder / usage_name).read_text())
+            cached = _cached_bytes((folder / "memory.stat").read_text())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            rooms.append(max(0, int(limit) - usage + cached))
+    return rooms
+
+
+def _cached_bytes(stat: str) -> int:
+    fields = dict(line.split() for line in stat.splitlines())
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))

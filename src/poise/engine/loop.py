@@ -1,0 +1,102 @@
+"""The batching loop: admits queued prompts as new batches, runs passes over all live batches, hands out what finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from poise.engine.batch import Batch, Row
+from poise.engine.request import Progress
+from poise.engine.runner import Runner
+from poise.plan.memory import MemoryPlan
+
+OnText = Callable[[int, str], None]
+OnRow = Callable[[Row], None]
+OnProgress = Callable[[Progress], None]
+OnLogits = Callable[[Row, torch.Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listeners:
+    """Who is told what, between passes, on the calling thread."""
+
+    on_row: OnRow
+    on_text: OnText | None = None
+    on_progress: OnProgress | None = None
+    on_logits: OnLogits | None = None
+
+
+class Loop:
+    """Runs rows to their end under a memory plan. Longest prompts go first; rows of like length share a batch."""
+
+    def __init__(
+        self, runner: Runner, plan: MemoryPlan, rows: Sequence[Row], *, eos: frozenset[int], pad_id: int, device: torch.device
+    ) -> None:
+        self._runner = runner
+        self._plan = plan
+        self._queue = sorted(rows, key=lambda row: len(row.prompt_ids))
+        self._live: list[Batch] = []
+        self._eos = eos
+        self._pad_id = pad_id
+        self._device = device
+        self._total = len(rows)
+        self._finished = self._prompt_tokens = self._generated_tokens = 0
+
+    def run(self, listeners: Listeners) -> Progress:
+        """Until every row has finished. Returns the final progress."""
+        began = time.monotonic()
+        counters = self._runner.store.counters
+        hits, misses, bytes_read = counters.hits, counters.misses, counters.bytes_read
+        progress = self._progress(began, hits, misses, bytes_read)
+        while self._queue or self._live:
+            self._admit()
+            logits = self._runner.run([batch.inputs() for batch in self._live])
+            for batch, logits_BTV in zip(list(self._live), logits, strict=True):
+                self._advance(batch, logits_BTV[:, -1] if batch.yields_tokens else None, listeners)
+            self._live = [batch for batch in self._live if batch.rows]
+            progress = self._progress(began, hits, misses, bytes_read)
+            if listeners.on_progress is not None:
+                listeners.on_progress(progress)
+        return progress
+
+    def _admit(self) -> None:
+        """Queued prompts become new batches, whole batches at a time unless the queue ends or nothing runs."""
+        while self._queue:
+            free = self._plan.max_rows - sum(len(batch.rows) for batch in self._live)
+            size = min(self._plan.batch_size, len(self._queue))
+            if free < size or len(self._live) >= 2 * self._plan.num_batches:
+                return
+            rows = [self._queue.pop() for _ in range(size)]
+            self._prompt_tokens += sum(len(row.prompt_ids) for row in rows)
+            config: Any = self._runner.model.config
+            batch = Batch(rows, config=config, chunk_tokens=self._plan.chunk_tokens, pad_id=self._pad_id, device=self._device)
+            self._live.append(batch)
+
+    def _advance(self, batch: Batch, logits_BV: torch.Tensor | None, listeners: Listeners) -> None:
+        if logits_BV is not None and listeners.on_logits is not None:
+            for row, logits_V in zip(batch.rows, logits_BV, strict=True):
+                listeners.on_logits(row, logits_V)
+        for row, piece in batch.advance(logits_BV, self._eos):
+            self._generated_tokens += 1
+            if piece and listeners.on_text is not None:
+                listeners.on_text(row.index, piece)
+            if row.finish_reason is not None:
+                self._finished += 1
+                listeners.on_row(row)
+
+    def _progress(self, began: float, hits: int, misses: int, bytes_read: int) -> Progress:
+        counters = self._runner.store.counters
+        return Progress(
+            finished=self._finished,
+            total=self._total,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            bytes_read=counters.bytes_read - bytes_read,
+            expert_hits=counters.hits - hits,
+            expert_misses=counters.misses - misses,
+            elapsed_s=time.monotonic() - began,
+        )
