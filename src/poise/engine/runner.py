@@ -41,10 +41,6 @@ class Runner:
         self._num_layers = len(modules)
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
 
-    def accepts(self, argument: str) -> bool:
-        """Whether the model's forward takes this keyword argument."""
-        return argument in self._accepted
-
     def run(self, group: Sequence[ForwardInputs]) -> list[torch.Tensor]:
         """One pass over the layers for every batch of the group. Returns each batch's logits (rows, kept tokens, V)."""
         with torch.inference_mode():
@@ -59,7 +55,7 @@ class Runner:
 
     def _forward(self, arguments: Mapping[str, Any]) -> Callable[[], torch.Tensor]:
         """Passes on what the model's forward takes; a model that computes all logits is cut to the last itself."""
-        taken = {name: value for name, value in arguments.items() if name in self._accepted or "kwargs" in self._accepted}
+        taken = {name: value for name, value in arguments.items() if name in self._accepted}
 
         def run() -> torch.Tensor:
             logits: torch.Tensor = self.model(**taken).logits

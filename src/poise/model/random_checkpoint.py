@@ -1,20 +1,20 @@
 """A checkpoint of random weights for any mixture-of-experts configuration, with popular and unpopular experts.
 
-The model is built on the meta device; then one decoder layer at a time is initialised as transformers does it, put into
-the layout that its checkpoints have on disk, and written: memory holds one layer and one shard. With a skew, random
+The model is built on the meta device; then one decoder layer at a time is initialised as transformers does it, brought
+into the layout that published checkpoints have, and written: memory holds one layer and one shard. With a skew, random
 tokens run through the layers on the way, and each router is adjusted until its experts' popularity follows Zipf's law.
 
-Random weights stand in for a model's size and shape, not for its text. Such a model repeats itself when it decodes
-greedily and re-uses nearly all of the previous step's experts, which flatters caches: sample, or use a trained model
-(``model.widen``), where that matters.
+Random weights stand in for a model's size and shape, not for its text: there is no tokenizer, and a model of random
+weights repeats itself, re-using nearly all of the previous step's experts, which flatters caches. Sample, feed it given
+tokens, or widen a trained model (``model.widen``) where that matters.
 """
 
 from __future__ import annotations
 
-import copy
-import json
+import functools
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ from poise.errors import CheckpointError, UsageError
 from poise.model.inspect import DTYPES, build_meta_model, find_experts
 from poise.model.widen import MAX_SHARD_BYTES, shard_names, whole_directory, write_index
 
-CALIBRATION_ROWS, CALIBRATION_TOKENS = 4, 512
-"""Random tokens on which routers are adjusted."""
-ADJUSTMENTS = 60
+ADJUSTING_ROWS, ADJUSTING_TOKENS = 4, 512
+"""Random tokens on which the routers of a skewed model are adjusted."""
+MAX_ADJUSTMENTS = 80
+CLOSE_ENOUGH = 0.003
+"""Adjusting ends when so small a share of the choices would have to move."""
 
 
 def make_checkpoint(
@@ -44,50 +46,68 @@ def make_checkpoint(
 ) -> dict[str, list[float]]:
     """Writes random weights of a transformers configuration to ``target``, in the layout of its published checkpoints.
 
-    ``skew`` is the exponent s of the popularity that the routers are adjusted to: the i-th most popular expert of a
-    layer is chosen by a share of the tokens proportional to 1 / i**s, but by no more than all of them. 0 leaves
-    transformers' initialisation alone. Which expert is popular is drawn anew for each layer.
+    ``skew`` is the exponent s: the i-th most popular expert of a layer is chosen by a share of the tokens proportional
+    to 1 / i**s, though never by more than all of them (``zipf_shares``). Which expert is popular is drawn for each
+    layer. 0 leaves the routers as transformers initialises them. Where a router has no bias, a skew also gives all
+    embeddings a direction in common.
 
-    Returns that share for each MoE layer by name, most popular first, as measured on other random tokens than those of a
-    later run; empty without a skew. Raises UsageError for a dtype or skew that cannot be; CheckpointError for a
-    configuration that is not a causal mixture-of-experts model, and when ``target`` exists or cannot be written.
+    Returns those shares as measured on the tokens of the adjustment: for each MoE layer's experts by name, most popular
+    first; nothing without a skew. They are met within 0.01 there; on 512 other random tokens, in 17 architectures of 8
+    experts, top-2, at s = 1 (0.74, 0.37, 0.25 ...), single experts were off by up to 0.06, AFMoE and FlexOLMo by 0.2.
+
+    Raises UsageError for a dtype or a skew that cannot be; CheckpointError for a configuration that is no causal model,
+    for a router of a kind that cannot be skewed, and when ``target`` exists or cannot be written.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     if not (math.isfinite(skew) and skew >= 0):
-        raise UsageError(f"skew {skew} is not an exponent; choose 0 (as initialised) to about 2 (a few experts do it all)")
-    model = build_meta_model(config, DTYPES[dtype])
-    model.eval()
-    shards_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-    with whole_directory(target, shards_bytes) as partial, torch.random.fork_rng(devices=[]), torch.no_grad():
+        raise UsageError(
+            f"skew {skew} is no exponent; choose 0 (routers as initialised) to about 2 (a few experts do it all)"
+        )
+    model = build_meta_model(config, DTYPES[dtype]).eval()
+    weights_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with whole_directory(target, weights_bytes) as partial, torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         shards = _Shards(directory=partial, max_shard_bytes=max_shard_bytes)
-        maker = _StreamedModel(model, shards)
-        popularity = _make_skewed(maker, skew) if skew else _make_plain(maker)
+        shares = (
+            _make_skewed(_StreamedModel(model, shards), skew) if skew else _make_plain(_StreamedModel(model, shards))
+        )
         shards.close()
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(partial)
         model.generation_config.save_pretrained(partial)
-    return popularity
+    return shares
+
+
+def zipf_shares(num_experts: int, top_k: int, skew: float) -> torch.Tensor:
+    """The share of tokens that choose the i-th most popular expert, shape (E,), float32; it sums to ``top_k``.
+
+    Proportional to 1 / i**skew, but no expert is chosen by more than all tokens: what is too much goes to the others.
+    """
+    weights_E = torch.arange(1, num_experts + 1, dtype=torch.float64) ** -skew
+    for certain in range(top_k):
+        shares = weights_E[certain:] / weights_E[certain:].sum() * (top_k - certain)
+        if shares[0] <= 1 + 1e-9:
+            return torch.cat([torch.ones(certain), shares.float()])
+    raise AssertionError(f"top-{top_k} of {num_experts} experts")
 
 
 @dataclass(kw_only=True, slots=True)
 class _Shards:
-    """Tensors on their way to disk: a file is written whenever the next tensor would not fit."""
+    """Tensors on their way to disk: a file is written whenever the next tensor would not fit into it."""
 
     directory: Path
     max_shard_bytes: int
     pending: dict[str, torch.Tensor] = field(default_factory=dict)
-    pending_bytes: int = 0
-    total_bytes: int = 0
     names: list[list[str]] = field(default_factory=list)
+    total_bytes: int = 0
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in sorted(tensors.items()):
-            if self.pending and self.pending_bytes + tensor.nbytes > self.max_shard_bytes:
+            pending_bytes = sum(other.nbytes for other in self.pending.values())
+            if self.pending and pending_bytes + tensor.nbytes > self.max_shard_bytes:
                 self._write()
             self.pending[name] = tensor.contiguous()
-            self.pending_bytes += tensor.nbytes
             self.total_bytes += tensor.nbytes
 
     def close(self) -> None:
@@ -102,38 +122,42 @@ class _Shards:
     def _write(self) -> None:
         save_file(self.pending, self.directory / f"{len(self.names)}.part", metadata={"format": "pt"})
         self.names.append(list(self.pending))
-        self.pending, self.pending_bytes = {}, 0
+        self.pending = {}
 
 
 class _StreamedModel:
-    """A model on the meta device that is initialised and written one decoder layer at a time."""
+    """A model on the meta device whose layers come into memory, are written and vanish, one at a time."""
 
     def __init__(self, model: Any, shards: _Shards) -> None:
         self.model = model
-        self.shards = shards
-        lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-        assert lists, f"{type(model).__name__} has no list of layers"
-        name, layers = lists[0]
-        self.layers = {f"{name}.{index}": layer for index, layer in enumerate(layers)}
-        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        self._shards = shards
+        name, layers = next(
+            (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+        )
+        self.layers: dict[str, nn.Module] = {f"{name}.{index}": layer for index, layer in enumerate(layers)}
+        for key, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
             if any(part in key for part in model._keep_in_fp32_modules_strict or ()):
                 tensor.data = tensor.data.float()
 
     def make_rest(self) -> None:
-        """Initialises what is in no layer: embeddings, the last norm, the head."""
+        """What is in no layer: embeddings, the last norm, the head. It stays in memory."""
         inside = {id(module) for layer in self.layers.values() for module in layer.modules()}
         self._initialise([module for module in self.model.modules() if id(module) not in inside])
 
     def write_rest(self) -> None:
         tied = self.model.all_tied_weights_keys
-        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
-        self._write({name: tensor for name, tensor in state.items() if tensor.device.type != "meta"})
+        self._write(
+            {key: tensor for key, tensor in self.model.state_dict().items() if key not in tied and not tensor.is_meta}
+        )
 
     def make_layer(self, name: str) -> None:
         self._initialise(list(self.layers[name].modules()))
+        for key, weight in self.layers[name].named_parameters():
+            # AFMoE's routers start at zero: all tokens would choose the first experts.
+            if weight.dim() == 2 and ("router" in key or "gate" in key) and not weight.any():
+                weight.normal_(std=0.02)
 
     def write_layer(self, name: str) -> None:
-        """Writes a layer and gives its memory back."""
         self._write({f"{name}.{key}": tensor for key, tensor in self.layers[name].state_dict().items()})
         self.layers[name].to("meta")
 
@@ -144,53 +168,50 @@ class _StreamedModel:
             self.model._init_weights(module)
 
     def _write(self, state: dict[str, torch.Tensor]) -> None:
-        self.shards.add(revert_weight_conversion(self.model, state))
+        self._shards.add(revert_weight_conversion(self.model, state))
 
 
-def _make_plain(maker: _StreamedModel) -> None:
-    maker.make_rest()
-    maker.write_rest()
-    for name in maker.layers:
-        maker.make_layer(name)
-        maker.write_layer(name)
+def _make_plain(streamed: _StreamedModel) -> dict[str, list[float]]:
+    streamed.make_rest()
+    streamed.write_rest()
+    for name in streamed.layers:
+        streamed.make_layer(name)
+        streamed.write_layer(name)
+    return {}
 
 
-def _make_skewed(maker: _StreamedModel, skew: float) -> dict[str, list[float]]:
-    """Runs random tokens through the layers; each is made as they reach it and written as they leave it."""
-    routers = _find_routers(maker.model)
-    maker.make_rest()
-    if any(router.bias is None for router in routers):
-        _share_direction(maker.model.get_input_embeddings().weight)
-    maker.write_rest()
+def _make_skewed(streamed: _StreamedModel, skew: float) -> dict[str, list[float]]:
+    """Runs random tokens through the layers: each is made as they reach it and written as they leave it."""
+    model, config = streamed.model, streamed.model.config.get_text_config()
+    routers = [
+        _find_router(model, experts.name, experts.num_experts) for experts in find_experts(model, config.model_type)
+    ]
     shares: dict[str, list[float]] = {}
-
-    def adjust(router: _Router, args: tuple[Any, ...]) -> None:
-        shares[router.experts] = _adjust(router, args, skew)
-
-    for name, layer in maker.layers.items():
-        layer.register_forward_pre_hook(lambda *_, name=name: maker.make_layer(name))
-        layer.register_forward_hook(lambda *_, name=name: maker.write_layer(name))
+    for name, layer in streamed.layers.items():
+        layer.register_forward_pre_hook(lambda *_, name=name: streamed.make_layer(name))
+        layer.register_forward_hook(lambda *_, name=name: streamed.write_layer(name))
     for router in routers:
-        router.block.register_forward_pre_hook(lambda _, args, router=router: adjust(router, args))
-    config = maker.model.config.get_text_config()
-    tokens = min(CALIBRATION_TOKENS, config.max_position_embeddings)
-    maker.model.base_model(input_ids=torch.randint(config.vocab_size, (CALIBRATION_ROWS, tokens)), use_cache=False)
+        router.block.register_forward_pre_hook(
+            lambda _, args, router=router: shares.update({router.experts: _adjust(router, args, skew)})
+        )
+    streamed.make_rest()
+    if any(router.bias is None for router in routers):
+        # Without a direction that all tokens share, a linear router can prefer an expert for half of them at most.
+        embeddings_VH = model.get_input_embeddings().weight
+        embeddings_VH += embeddings_VH.float().square().mean().sqrt() * torch.randn(embeddings_VH.shape[1])
+    streamed.write_rest()
+    tokens = min(ADJUSTING_TOKENS, config.max_position_embeddings)
+    model.base_model(input_ids=torch.randint(config.vocab_size, (ADJUSTING_ROWS, tokens)), use_cache=False)
     return shares
 
 
-def _share_direction(weight: torch.Tensor) -> None:
-    """Adds one random vector, as long as an embedding is, to all embeddings: without it no direction is common to all
-    tokens, and a linear router without a bias cannot prefer an expert for more than half of them."""
-    weight += weight.float().square().mean().sqrt() * torch.randn(weight.shape[1])
-
-
-class _StopAtExperts(Exception):  # noqa: N818 - leaves a forward pass early; nothing is wrong
-    """Carries the chosen experts (T, K) out of a forward pass that need not go on."""
+class _AtExperts(Exception):  # noqa: N818 - carries the choice (T, K) out of a forward pass that need not go on
+    pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Router:
-    """The names of one router's parts. ``bias`` is added to the scores that experts are chosen by, where there is one."""
+    """A MoE block and its router's tensors by name. ``bias``, if any, is added to what experts are chosen by."""
 
     block: nn.Module
     experts: str
@@ -198,87 +219,85 @@ class _Router:
     weight: str
     bias: str | None
 
-    def chosen_TK(self, args: tuple[Any, ...]) -> torch.Tensor:
-        """The experts that the block's own routing chooses for each token."""
-        experts = self.block.get_submodule(self.experts.rpartition(".")[2])
+    def shares_E(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, int]:
+        """The share of tokens that choose each expert, by the model's own routing; and how many a token chooses."""
 
         def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-            raise _StopAtExperts(args[1])
+            raise _AtExperts(args[1])
 
-        handle = experts.register_forward_pre_hook(stop)
+        handle = self.block.get_submodule(self.experts.rpartition(".")[2]).register_forward_pre_hook(stop)
         try:
             self.block.forward(*args)
-        except _StopAtExperts as seen:
-            return seen.args[0]
+        except _AtExperts as seen:
+            chosen_TK: torch.Tensor = seen.args[0]
+            counts_E = torch.bincount(chosen_TK.flatten(), minlength=self.num_experts)
+            return counts_E / chosen_TK.shape[0], chosen_TK.shape[1]
         finally:
             handle.remove()
-        raise AssertionError(f"{self.experts} were not called")
+        raise AssertionError(f"the forward pass did not reach {self.experts}")
 
-    def share_E(self, args):
-        chosen = self.chosen_TK(args)
-        return torch.bincount(chosen.flatten(), minlength=self.num_experts) / chosen.shape[0]
-
-    def offset_setter(self, hidden_TH):
-        tensors = dict(self.block.named_parameters()) | dict(self.block.named_buffers())
-        weight_EH = tensors[self.weight]
-        if not weight_EH.count_nonzero():
-            weight_EH.normal_(std=0.02)
+    def setter(self, hidden_TH: torch.Tensor) -> Callable[[torch.Tensor], object]:
+        """A function that gives the experts the offsets (E,): through the bias, or along the tokens' mean direction."""
         if self.bias is not None:
-            bias_E = tensors[self.bias]
-            return lambda offset_E: bias_E.copy_(offset_E.view_as(bias_E))
+            bias = _tensors(self.block)[self.bias]
+            return lambda offset_E: bias.copy_(offset_E.view_as(bias))
+        weight_EH = _tensors(self.block)[self.weight]
         mean_H = hidden_TH.float().mean(0)
         unit_H = mean_H / mean_H.norm()
         plain_EH = weight_EH.float() - torch.outer(weight_EH.float() @ unit_H, unit_H)
         return lambda offset_E: weight_EH.copy_(plain_EH + torch.outer(offset_E / mean_H.norm(), unit_H))
 
 
-def _find_routers(model: Any) -> list[_Router]:
-    routers = []
-    for experts in find_experts(model, model.config.model_type):
-        block = model.get_submodule(experts.name.rpartition(".")[0])
-        inside = experts.name.rpartition(".")[2] + "."
-        tensors = {n: t for n, t in [*block.named_parameters(), *block.named_buffers()] if not n.startswith(inside) and "shared" not in n}
-        weights = [n for n, t in tensors.items() if n.split(".")[0] in ("gate", "router") and t.dim() == 2 and t.shape[0] == experts.num_experts]
-        biases = [n for n, t in tensors.items() if "bias" in n and t.numel() == experts.num_experts]
-        if len(weights) != 1:
-            raise CheckpointError(f"cannot find the router of {experts.name} among {list(tensors)}")
-        routers.append(_Router(block=block, experts=experts.name, num_experts=experts.num_experts, weight=weights[0], bias=biases[0] if biases else None))
-    return routers
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+
+
+def _find_router(model: nn.Module, experts: str, num_experts: int) -> _Router:
+    """The router beside the experts. Raises CheckpointError when it is not one matrix (E, H)."""
+    path, _, inside = experts.rpartition(".")
+    block = model.get_submodule(path)
+    tensors = {
+        key: tensor for key, tensor in _tensors(block).items() if key.split(".")[0] != inside and "shared" not in key
+    }
+    matrices = [key for key, tensor in tensors.items() if key.split(".")[0] in ("gate", "router") and tensor.dim() == 2]
+    weights = [key for key in matrices if tensors[key].shape[0] == num_experts]
+    biases = [key for key, tensor in tensors.items() if "bias" in key and tensor.numel() == num_experts]
+    if len(weights) != 1:
+        raise CheckpointError(
+            f"the router of {experts} is of a kind that cannot be skewed; choose skew 0 or another model type"
+        )
+    return _Router(
+        block=block, experts=experts, num_experts=num_experts, weight=weights[0], bias=next(iter(biases), None)
+    )
 
 
 def _adjust(router: _Router, args: tuple[Any, ...], skew: float) -> list[float]:
+    """Finds offsets with which the block's experts get their shares of these tokens. Returns the shares reached.
+
+    Each step moves every expert by the distance, in standard deviations of a normal score, between the share it has and
+    the share it should have; the step is cut by half whenever that made it worse.
+    """
     hidden_TH = args[0].flatten(0, -2)
-    set_offset = router.offset_setter(hidden_TH)
-    set_offset(torch.zeros(router.num_experts))
-    chosen_TK = router.chosen_TK(args)
-    wanted_E = zipf_shares(router.num_experts, chosen_TK.shape[1], skew)[torch.randperm(router.num_experts)]
-    floor = 0.5 / len(hidden_TH)
-    offset_E = best_offset_E = torch.zeros(router.num_experts)
-    best_E, best_error, step = torch.zeros_like(wanted_E), math.inf, 1.0
-    trail=[]
-    for _ in range(ADJUSTMENTS):
+    set_offset = router.setter(hidden_TH)
+    _, top_k = router.shares_E(args)
+    wanted_E = zipf_shares(router.num_experts, top_k, skew)[torch.randperm(router.num_experts)]
+    quantile = functools.partial(_normal_quantile, floor=0.5 / len(hidden_TH))
+    offset_E = torch.zeros(router.num_experts)
+    best_error, best_offset_E, best_shares_E, step = math.inf, offset_E, offset_E, 1.0
+    for _ in range(MAX_ADJUSTMENTS):
         set_offset(offset_E)
-        share_E = router.share_E(args)
-        error = (share_E - wanted_E).abs().sum().item()
-        trail.append(error)
+        shares_E, _ = router.shares_E(args)
+        error = (shares_E - wanted_E).abs().sum().item() / (2 * top_k)
+        step *= 1.3 if error < best_error else 0.5
         if error < best_error:
-            best_error, best_E, best_offset_E = error, share_E, offset_E
-            step *= 1.3
-        else:
-            step /= 2
-        push_E = torch.special.ndtri(wanted_E.clamp(floor, 1 - floor)) - torch.special.ndtri(best_E.clamp(floor, 1 - floor))
-        offset_E = best_offset_E + step * push_E
+            best_error, best_offset_E, best_shares_E = error, offset_E, shares_E
+        if error < CLOSE_ENOUGH:
+            break
+        offset_E = best_offset_E + step * (quantile(wanted_E) - quantile(best_shares_E))
     set_offset(best_offset_E)
-    import os
-    if os.environ.get("DBG"): print(router.experts, "err", [round(t/2/chosen_TK.shape[1],3) for t in trail], step)
-    return best_E.sort(descending=True).values.tolist()
+    return best_shares_E.sort(descending=True).values.tolist()
 
 
-def zipf_shares(num_experts: int, top_k: int, skew: float) -> torch.Tensor:
-    """The share of tokens that choose the i-th most popular expert: Zipf's law, but never above 1; sums to ``top_k``."""
-    weights_E = torch.arange(1, num_experts + 1, dtype=torch.float64) ** -skew
-    for certain in range(top_k):
-        shares = weights_E[certain:] / weights_E[certain:].sum() * (top_k - certain)
-        if shares[0] <= 1 + 1e-9:
-            return torch.cat([torch.ones(certain, dtype=torch.float64), shares])
-    raise AssertionError("unreachable")
+def _normal_quantile(share_E: torch.Tensor, floor: float) -> torch.Tensor:
+    quantile_E: torch.Tensor = torch.special.ndtri(share_E.clamp(floor, 1 - floor))
+    return quantile_E

@@ -1,0 +1,305 @@
+"""``LLM``: a mixture-of-experts checkpoint that generates within a memory budget, experts streamed from disk.
+
+    from poise import LLM, SamplingParams
+    with LLM("path/to/checkpoint", memory="8GiB") as llm:
+        print(llm.generate("def main():", SamplingParams(max_tokens=64))[0].outputs[0].text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from poise.engine.batch import Row
+from poise.engine.footprint import automatic_budget_bytes, peak_resident_bytes, reset_peak, resident_bytes
+from poise.engine.loop import Listeners, Loop, OnLogits, OnProgress, OnText
+from poise.engine.probe import probe
+from poise.engine.request import Progress, Prompt, RequestOutput
+from poise.engine.runner import Runner
+from poise.engine.sampling import SamplingParams
+from poise.errors import BudgetError, PromptError, UsageError
+from poise.model.checkpoint import Checkpoint, open_checkpoint
+from poise.model.dense import dense_nbytes, load_dense, take_out_experts
+from poise.model.inspect import build_meta_model, choose_dtype, find_experts, load_config
+from poise.model.layout import CheckpointLayout, find_layout
+from poise.offload.expert_store import ExpertStore, converter_for, slot_bytes_for
+from poise.plan.memory import OVERHEAD_BYTES, ActivationSpec, MemoryPlan, plan_memory
+from poise.spec.model_spec import ModelSpec
+from poise.units import format_bytes, parse_bytes
+
+READER_THREADS = 2
+
+
+class LLM:
+    """A loaded model. ``memory`` bounds everything that is added after the imports: weights, caches, activations.
+
+    ``memory``: a size such as ``"8GiB"`` or bytes; ``"auto"`` is what is free, less a margin. ``dtype``: ``"auto"`` keeps
+    the checkpoint's. ``expert_slots`` caps the experts held in memory below what the budget allows. Raises UsageError
+    (CheckpointError, BudgetError) with one clear line for anything that cannot run.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        memory: str | int = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        expert_slots: int | None = None,
+    ) -> None:
+        self._store: ExpertStore | None = None
+        self._device = _device(device)
+        if expert_slots is not None and expert_slots < 1:
+            raise UsageError(f"expert_slots is {expert_slots}; it must be at least 1, or left out")
+        checkpoint = open_checkpoint(model)
+        config = load_config(checkpoint)
+        self._dtype = choose_dtype(checkpoint, dtype)
+        self._model = build_meta_model(config, self._dtype)
+        modules = find_experts(self._model, config.model_type)
+        layout = find_layout(checkpoint, self._model, modules, self._dtype)
+        take_out_experts(self._model, modules)
+        self.base_bytes = resident_bytes()
+        self._peak_is_ours = reset_peak()
+        self.budget_bytes = automatic_budget_bytes() if memory == "auto" else parse_bytes(memory)
+        self._slot_bytes = slot_bytes_for(layout.experts_LE)
+        self._expert_slots = expert_slots
+        self._refuse_if_hopeless()
+        load_dense(self._model, checkpoint, layout, self._dtype, self._device)
+        self.tokenizer = _tokenizer(checkpoint)
+        self._store = self._open_store(layout)
+        self._runner = Runner(self._model, modules, self._store)
+        probed = probe(self._model, self._device)
+        self._cache = probed.cache
+        self.spec = _spec(checkpoint, self._model, layout, probed.top_k, self._dtype)
+        self._eos = _end_tokens(checkpoint, config)
+        self._plan: MemoryPlan | None = None
+        self._last: Progress | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest resident set of the process since the model began to load."""
+        return peak_resident_bytes()
+
+    def describe(self) -> dict[str, object]:
+        """Plain numbers about the model and, after a call of ``generate``, the plan it ran under."""
+        plan = self._plan
+        facts: dict[str, object] = {
+            "architecture": self.spec.architecture,
+            "layers": self.spec.num_layers,
+            "moe_layers": len(self.spec.moe_layers),
+            "experts_per_layer": max(self.spec.experts_L),
+            "top_k": self.spec.top_k,
+            "expert_bytes": self.spec.expert_bytes,
+            "dense_bytes": self.spec.dense_bytes,
+            "total_bytes": self.spec.total_bytes,
+            "dtype": self.spec.dtype,
+            "budget_bytes": self.budget_bytes,
+            "base_bytes": self.base_bytes,
+            "direct_io": self._open().is_direct,
+        }
+        if plan is not None:
+            facts |= {
+                "batch_size": plan.batch_size,
+                "num_batches": plan.num_batches,
+                "chunk_tokens": plan.chunk_tokens,
+                "expert_slots": plan.num_slots,
+                "experts": sum(self.spec.experts_L),
+                "cache_bytes": plan.cache_bytes,
+                "activation_bytes": plan.activation_bytes,
+            }
+        return facts
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_text: OnText | None = None,
+        on_result: Callable[[RequestOutput], None] | None = None,
+        on_progress: OnProgress | None = None,
+        on_logits: OnLogits | None = None,
+    ) -> list[RequestOutput]:
+        """Generates for all prompts; results in input order.
+
+        ``sampling_params``: one for all, or one per prompt. ``on_text(index, piece)`` streams text, ``on_result`` tells of
+        each finished request at once, ``on_progress`` of every pass, ``on_logits(row, logits_V)`` of every choice of a
+        token. Raises PromptError for a prompt that is empty or longer than the context, BudgetError when one row does not
+        fit. On an error or Ctrl-C nothing of the call is left behind and the LLM can be used again.
+        """
+        listed: Sequence[Prompt] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)  # type: ignore[list-item]
+        params = _params_for(listed, sampling_params)
+        rows = [self._row(index, prompt, each) for index, (prompt, each) in enumerate(zip(listed, params, strict=True))]
+        if not rows:
+            return []
+        store = self._open()
+        self._plan = plan = self._plan_for(rows)
+        store.resize(plan.num_slots)
+        results: dict[int, RequestOutput] = {}
+
+        def finished(row: Row) -> None:
+            prompt = listed[row.index]
+            text = prompt if isinstance(prompt, str) else None
+            results[row.index] = result = RequestOutput(
+                index=row.index, prompt=text, prompt_token_ids=row.prompt_ids, outputs=(row.completion(),)
+            )
+            if on_result is not None:
+                on_result(result)
+
+        pad_id = min(self._eos, default=0)
+        loop = Loop(self._runner, plan, rows, eos=self._eos, pad_id=pad_id, device=self._device)
+        listeners = Listeners(on_row=finished, on_text=on_text, on_progress=on_progress, on_logits=on_logits)
+        self._last = loop.run(listeners)
+        return [results[index] for index in range(len(rows))]
+
+    @property
+    def last_progress(self) -> Progress | None:
+        """The final figures of the last call of ``generate``."""
+        return self._last
+
+    def close(self) -> None:
+        """Ends the reader threads and gives the experts' memory back. Safe to call twice."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _open(self) -> ExpertStore:
+        if self._store is None:
+            raise UsageError("this LLM is closed; make a new one")
+        return self._store
+
+    def _refuse_if_hopeless(self) -> None:
+        """Before anything is loaded: the dense part, one expert and the overhead must fit."""
+        dense = dense_nbytes_on_meta(self._model)
+        needed = dense + self._slot_bytes + OVERHEAD_BYTES
+        if needed > self.budget_bytes:
+            raise BudgetError(
+                f"a memory budget of {format_bytes(self.budget_bytes)} is too small for this model: its dense weights take "
+                f"{format_bytes(dense)}, one expert {format_bytes(self._slot_bytes)}; give at least {needed} bytes "
+                f"({format_bytes(needed)}) and some for caches",
+                smallest_bytes=needed,
+            )
+
+    def _open_store(self, layout: CheckpointLayout) -> ExpertStore:
+        num_experts = sum(len(row) for row in layout.experts_LE)
+        capacity = max(1, min(num_experts, self.budget_bytes // self._slot_bytes))
+        return ExpertStore(
+            layout.experts_LE,
+            num_slots=1,
+            slot_bytes=self._slot_bytes,
+            capacity=capacity,
+            reader_threads=READER_THREADS,
+            convert=converter_for(self._model, self._model.config),
+        )
+
+    def _row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise PromptError(f"prompt {index} is text and the checkpoint has no tokenizer; give prompt_token_ids")
+            ids = list(self.tokenizer(prompt)["input_ids"])
+        else:
+            ids = list(prompt["prompt_token_ids"])
+        vocabulary = self.spec.vocabulary
+        if not ids:
+            raise PromptError(f"prompt {index} is empty; give at least one token")
+        wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise PromptError(f"prompt {index} has token id {wrong}; the model's vocabulary has 0 to {vocabulary - 1}")
+        if len(ids) + params.max_tokens > self.spec.context_tokens:
+            raise PromptError(
+                f"prompt {index} has {len(ids)} tokens and asks for {params.max_tokens} more; the model's context is "
+                f"{self.spec.context_tokens}: shorten the prompt or lower max_tokens"
+            )
+        return Row(index, ids, params, self.tokenizer)
+
+    def _plan_for(self, rows: Sequence[Row]) -> MemoryPlan:
+        config = self._model.config.get_text_config()
+        heads = 0 if self._model.config._attn_implementation == "sdpa" else config.num_attention_heads
+        widths = [parameter.shape[0] for parameter in self._model.parameters() if parameter.dim() == 2]
+        wide = [width for width in widths if width != self.spec.vocabulary]
+        activation = ActivationSpec(
+            hidden=self.spec.hidden,
+            width=max(wide, default=self.spec.hidden),
+            top_k=self.spec.top_k,
+            vocabulary=self.spec.vocabulary,
+            itemsize=self._dtype.itemsize,
+            materialised_heads=heads,
+        )
+        return plan_memory(
+            budget_bytes=self.budget_bytes,
+            dense_bytes=self.spec.dense_bytes,
+            slot_bytes=self._slot_bytes,
+            num_experts=sum(self.spec.experts_L),
+            cache=self._cache,
+            activation=activation,
+            prompt_tokens=[len(row.prompt_ids) for row in rows],
+            total_tokens=[row.total_tokens for row in rows],
+            max_slots=self._expert_slots,
+        )
+
+
+def dense_nbytes_on_meta(model: Any) -> int:
+    """Bytes the dense part will take, before it is loaded; tied weights counted once."""
+    model.tie_weights()
+    return sum({id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}.values())
+
+
+def _device(device: str) -> torch.device:
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"device {device!r} is not supported yet; experts are streamed to the CPU: give auto or cpu")
+    return torch.device("cpu")
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer, or None where it has none (token ids still work)."""
+    if not any((checkpoint.path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+
+
+def _end_tokens(checkpoint: Checkpoint, config: Any) -> frozenset[int]:
+    """End-of-sequence ids from generation_config.json, else config.json."""
+    ids = config.get_text_config().eos_token_id
+    if (checkpoint.path / "generation_config.json").exists():
+        ids = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True).eos_token_id or ids
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+
+def _params_for(
+    prompts: Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
+) -> Sequence[SamplingParams]:
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * len(prompts)
+    if len(given) != len(prompts):
+        raise UsageError(f"{len(given)} sampling_params for {len(prompts)} prompts; give one for all, or one per prompt")
+    return given
+
+
+def _spec(checkpoint: Checkpoint, model: Any, layout: CheckpointLayout, top_k: int, dtype: torch.dtype) -> ModelSpec:
+    config = model.config.get_text_config()
+    sources = [source for row in layout.experts_LE for source in row]
+    return ModelSpec(
+        architecture=type(model).__name__,
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        moe_layers=tuple(row[0].layer for row in layout.experts_LE),
+        experts_L=tuple(len(row) for row in layout.experts_LE),
+        top_k=top_k,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        context_tokens=getattr(config, "max_position_embeddings", None) or 1 << 20,
+        expert_bytes=max(source.nbytes for source in sources),
+        experts_bytes=sum(source.nbytes for source in sources),
+        dense_bytes=dense_nbytes(model),
+        dtype=str(dtype).removeprefix("torch."),
+    )

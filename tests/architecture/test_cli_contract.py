@@ -1,0 +1,136 @@
+"""The command line that users and scripts rely on: flags, help, start-up, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import poise
+
+POISE = (sys.executable, "-m", "poise")
+
+FLAGS = {
+    "generate": (
+        "--prompts --output --resume --overwrite --max-tokens --memory --device --dtype --temperature --top-p --top-k "
+        "--seed --stop --ignore-eos --json"
+    ),
+    "demo": "--json",
+    "bench": "--output --json",
+}
+
+
+def run_poise(arguments: Sequence[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*POISE, *arguments], capture_output=True, text=True, check=False, cwd=folder, timeout=60)
+
+
+def refusal_of(arguments: Sequence[str], folder: Path | None = None) -> str:
+    """The one line on standard error of a command that must be refused."""
+    run = run_poise(arguments, folder)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("poise: ")
+    return line
+
+
+def test_the_root_lists_the_commands_and_an_example() -> None:
+    for arguments in ([], ["--help"]):
+        run = run_poise(arguments)
+        assert run.returncode == 0
+        assert "Example: poise generate" in run.stdout
+        assert all(command in run.stdout for command in FLAGS)
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_every_command_has_its_flags_and_an_example(command: str) -> None:
+    run = run_poise([command, "--help"])
+    assert run.returncode == 0
+    assert [flag for flag in FLAGS[command].split() if f" {flag} " not in run.stdout] == []
+    assert "Example" in run.stdout
+    assert f"poise {command}" in run.stdout.split("Example")[1]
+
+
+def test_there_is_no_flag_beyond_the_contract() -> None:
+    shown = {word for word in run_poise(["generate", "--help"]).stdout.split() if word.startswith("--")}
+    assert {word.strip(",:;.") for word in shown} == {*FLAGS["generate"].split(), "--help"}
+
+
+def test_version() -> None:
+    assert run_poise(["--version"]).stdout == f"poise {poise.__version__}\n"
+
+
+def test_help_answers_at_once() -> None:
+    user_s, wall_s = [], []
+    for _ in range(3):
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, time.monotonic()
+        assert run_poise(["--help"]).returncode == 0
+        wall_s.append(time.monotonic() - start)
+        user_s.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
+    assert min(user_s) < 0.5
+    assert min(wall_s) < 5, "even on a busy machine"
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    script = "import sys, poise.cli; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert {"torch", "transformers", "numpy"} & set(loaded) == set()
+    assert "typer" in loaded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["generate", "m", "x", "--quantise"], "No such option: --quantise"),
+        (["generat"], "No such command 'generat'"),
+        (["generate"], "Missing argument 'MODEL'"),
+        (["generate", "m", "x", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
+        (["generate", "m", "x", "--max-tokens", "0"], "max_tokens is 0; it must be at least 1"),
+        (["generate", "m", "x", "--temperature", "nan"], "temperature is nan; it must be 0 (greedy) or more"),
+        (["generate", "m", "x", "--memory", "lots"], "memory size 'lots' is not understood"),
+        (["generate", "m"], "no prompt is given"),
+        (["generate", "m", "x", "--prompts", "in.jsonl"], "use one of the two"),
+        (["generate", "m", "--prompts", "none.jsonl"], "prompt file 'none.jsonl' cannot be read"),
+        (["generate", "m", "--prompts", "bad.jsonl"], "bad.jsonl line 2: the line is not valid JSON"),
+        (["generate", "m", "x", "--resume"], "name it with --output"),
+        (["generate", "m", "x", "--resume", "--overwrite", "--output", "o"], "contradict each other"),
+        (["generate", "m", "x", "--output", "bad.jsonl"], "output file"),
+        (["generate", "m", "x", "--output", "none/out.jsonl"], "does not exist; create it"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "fine"}\nnonsense\n')
+    assert complaint in refusal_of(arguments, tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_a_finished_output_needs_no_model(tmp_path: Path) -> None:
+    result = {"index": 0, "id": "a", "prompt": "x", "text": " y", "token_ids": [4], "finish_reason": "length"}
+    (tmp_path / "out.jsonl").write_text(json.dumps(result) + "\n")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x", "id": "a"}\n')
+    run = run_poise("generate m --prompts in.jsonl --output out.jsonl --resume --json".split(), tmp_path)
+    assert run.returncode == 0
+    assert run.stderr == "poise: all done: the 1 results are in out.jsonl\n"
+    assert json.loads(run.stdout) == {"results": [result], "stats": None, "plan": None}
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130() -> None:
+    process = subprocess.Popen(
+        [*POISE, "generate", "m", "--prompts", "-"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdin is not None
+    process.stdin.write(b"x" * (1 << 20))  # more than a pipe holds: this returns once poise reads
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=30)
+    assert complaint == b"poise: interrupted\n"
+    assert process.returncode == 130
