@@ -23,7 +23,14 @@ MAX_PAGES_PER_PREFIX = 24
 """Some tools ship thousands of near-identical manual pages; this many of one prefix are taken."""
 HELD_OUT_FRAC = 0.04
 
-_SKIPPED_CODE = ("site-packages", "encodings/", "lib2to3/tests/data", "idlelib/Icons", "pydoc_data", "test/encoded_modules")
+_SKIPPED_CODE = (
+    "site-packages",
+    "encodings/",
+    "lib2to3/tests/data",
+    "idlelib/Icons",
+    "pydoc_data",
+    "test/encoded_modules",
+)
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", ".pod", ".gz")
 
 
@@ -77,7 +84,9 @@ def _prose_files() -> Iterator[str]:
         for path in sorted(root.rglob("*")) if root.is_dir() else []:
             if not path.is_file() or "changelog" in path.name.lower() or "examples" in path.parts:
                 continue
-            known = path.suffix in _TEXT_SUFFIXES or path.name in ("copyright", "README") or root.name == "common-licenses"
+            known = (
+                path.suffix in _TEXT_SUFFIXES or path.name in ("copyright", "README") or root.name == "common-licenses"
+            )
             if known and path.stat().st_size < 2_000_000:
                 yield _plain(path)
     from pydoc_data.topics import topics

@@ -207,7 +207,10 @@ def train_worker(rank: int, arguments: argparse.Namespace, streams: list[np.ndar
         smooth = loss.item() if step == 1 else 0.98 * smooth + 0.02 * loss.item()
         if rank == 0 and step % 20 == 0:
             rate = seen_tokens / (time.monotonic() - began)
-            print(f"{progress.item():6.1%} step {step} tokens {seen_tokens} loss {smooth:.3f} {rate:.0f} tok/s", flush=True)
+            print(
+                f"{progress.item():6.1%} step {step} tokens {seen_tokens} loss {smooth:.3f} {rate:.0f} tok/s",
+                flush=True,
+            )
         if rank == 0 and step % 500 == 0:
             save(model, arguments, step, seen_tokens, smooth)
     if rank == 0:
@@ -247,7 +250,10 @@ def main() -> None:
     tokenizer = train_tokenizer(domains, arguments.output)
     streams = [tokenize(tokenizer, domain.train, arguments.seed) for domain in domains]
     for domain, stream in zip(domains, streams, strict=True):
-        print(f"{domain.name}: {len(domain.train)} files, {len(stream)} tokens, {len(domain.held_out)} held out", flush=True)
+        print(
+            f"{domain.name}: {len(domain.train)} files, {len(stream)} tokens, {len(domain.held_out)} held out",
+            flush=True,
+        )
     if arguments.workers == 1:
         train_worker(0, arguments, streams)
     else:

@@ -27,7 +27,9 @@ def parse_bytes(text: str | int) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
         factor = _FACTORS.get(match.group(2).upper()) if match else None
         if match is None or factor is None:
-            raise UsageError(f"memory size {text!r} is not understood; write a number with a unit, such as 8GiB or 900MB")
+            raise UsageError(
+                f"memory size {text!r} is not understood; write a number with a unit, such as 8GiB or 900MB"
+            )
         size = int(float(match.group(1)) * factor)
     if size <= 0:
         raise UsageError(f"memory size {text!r} must be positive; write, for example, 8GiB")

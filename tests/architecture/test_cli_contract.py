@@ -115,7 +115,7 @@ def test_a_finished_output_needs_no_model(tmp_path: Path) -> None:
     result = {"index": 0, "id": "a", "prompt": "x", "text": " y", "token_ids": [4], "finish_reason": "length"}
     (tmp_path / "out.jsonl").write_text(json.dumps(result) + "\n")
     (tmp_path / "in.jsonl").write_text('{"prompt": "x", "id": "a"}\n')
-    run = run_poise("generate m --prompts in.jsonl --output out.jsonl --resume --json".split(), tmp_path)
+    run = run_poise(["generate", "m", "--prompts", "in.jsonl", "--output", "out.jsonl", "--resume", "--json"], tmp_path)
     assert run.returncode == 0
     assert run.stderr == "poise: all done: the 1 results are in out.jsonl\n"
     assert json.loads(run.stdout) == {"results": [result], "stats": None, "plan": None}

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.cli.output import ResultFile, finished_lines, fingerprint, journal_path
+from poise.cli.output import ResultFile, fingerprint, finished_lines, journal_path
 from poise.errors import PoiseError, UsageError
 
 IDENTITY = {"model": "/m", "prompts": fingerprint(["a", "b"])}
@@ -23,7 +23,7 @@ def open_file(path: Path, total: int, *, resume: bool = False, overwrite: bool =
     return ResultFile(path, total=total, identity=IDENTITY, resume=resume, overwrite=overwrite)
 
 
-def line(index: int, text: str = "ü\n\u2028") -> dict[str, object]:
+def line(index: int, text: str = "ü\n\r\x0b\x1c\u0085\u2028\u2029") -> dict[str, object]:
     return {"index": index, "prompt": f"p{index}", "text": text}
 
 
@@ -116,10 +116,11 @@ def test_a_run_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_run_that_cannot_be_completed_leaves_no_output_but_its_results(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    with pytest.raises(PoiseError, match=r"out\.jsonl cannot be read or written"), open_file(path, 1) as file:
+    with open_file(path, 1) as file:
         file.append(line(0))
         path.mkdir()
-        file.finish()
+        with pytest.raises(PoiseError, match=r"out\.jsonl cannot be read or written"):
+            file.finish()
     path.rmdir()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl.partial"]
 
@@ -212,7 +213,14 @@ def test_a_link_is_followed_not_replaced(tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "real" / "out.jsonl")
     complete_run(link, 2)
     assert link.is_symlink()
-    assert len((tmp_path / "real" / "out.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "real" / "out.jsonl").is_file()
+
+
+def test_a_result_is_one_line_for_every_reader_and_keeps_its_characters(tmp_path: Path) -> None:
+    complete_run(tmp_path / "out.jsonl", 2)
+    text = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(result) for result in text.splitlines()] == [line(0), line(1)]
+    assert "ü" in text
 
 
 def test_a_finished_output_is_recognised_by_its_prompts(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -120,8 +119,7 @@ def _generate(options: GenerateOptions, requests: Sequence[PromptRequest], file:
 
             with LLM(options.model, memory=options.memory, device=options.device, dtype=options.dtype) as llm:
                 view.bar.clear()
-                plan = llm.describe()
-                _say(_header(plan, llm))
+                _say(_header(llm.describe()))
                 llm.generate(
                     [requests[index].for_engine() for index in pending],
                     [requests[index].sampling for index in pending],
@@ -129,7 +127,7 @@ def _generate(options: GenerateOptions, requests: Sequence[PromptRequest], file:
                     on_result=view.on_result,
                     on_progress=view.on_progress,
                 )
-                stats = view.stats(llm)
+                stats, plan = _stats(llm), llm.describe()
         finally:
             view.end()
         _say(_summary(stats))
@@ -150,7 +148,6 @@ class _View:
         self.requests, self.pending, self.file, self.prints = requests, pending, file, prints
         self.streams = prints and len(requests) == 1
         self.bar = _Bar(len(requests)) if sys.stderr.isatty() else _PlainLines()
-        self.progress: Progress | None = None
         self._line_by_index: dict[int, dict[str, Any]] = {}
         self._printed = 0  # results
         self._streamed = ""  # the last piece of streamed text
@@ -162,7 +159,6 @@ class _View:
         sys.stdout.flush()
 
     def on_progress(self, progress: Progress) -> None:
-        self.progress = progress
         if not self._streamed:
             done = len(self.requests) - len(self.pending) + progress.finished
             message = f"{done}/{len(self.requests)} prompts, {_rates(_measured(progress))}"
@@ -184,12 +180,6 @@ class _View:
     def held(self) -> list[dict[str, Any]]:
         """The results in order of input."""
         return [self._line_by_index[index] for index in sorted(self._line_by_index)]
-
-    def stats(self, llm: LLM) -> dict[str, Any]:
-        """What the run took, for the summary and --json."""
-        assert self.progress is not None, "the engine reports progress at least once"
-        memory = {"base_bytes": llm.base_bytes, "budget_bytes": llm.budget_bytes, "peak_bytes": _peak_bytes()}
-        return {**_measured(self.progress), **memory}
 
     def end(self) -> None:
         """Takes the bar off the screen and ends the last line of streamed text."""
@@ -245,24 +235,22 @@ def _excerpt(line: Mapping[str, Any]) -> str:
     return text if len(text) <= 70 else f"{text[:67]}..."
 
 
-def _header(plan: Mapping[str, object], llm: LLM) -> str:
+def _header(plan: Mapping[str, object]) -> str:
     facts = []
     for name, value in plan.items():
         if name.endswith("_bytes") and isinstance(value, int | float):
             facts.append(f"{name.removesuffix('_bytes').replace('_', ' ')} {format_bytes(value)}")
         else:
             facts.append(f"{name.replace('_', ' ')} {value}")
-    budget = f"memory budget {format_bytes(llm.budget_bytes)} beside a base of {format_bytes(llm.base_bytes)}"
-    return ", ".join([*facts, budget])
+    return ", ".join(facts)
 
 
-def _peak_bytes() -> int:
-    """Most memory this process has held. On Linux ``ru_maxrss`` would include the parent's from before exec."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
+def _stats(llm: LLM) -> dict[str, Any]:
+    """What the run took, for the summary and --json."""
+    progress = llm.last_progress
+    assert progress is not None, "the engine has generated"
+    memory = {"base_bytes": llm.base_bytes, "budget_bytes": llm.budget_bytes, "peak_bytes": llm.peak_bytes}
+    return {**_measured(progress), **memory}
 
 
 def _measured(progress: Progress) -> dict[str, Any]:

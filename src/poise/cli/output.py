@@ -219,7 +219,11 @@ def output_line(head: Mapping[str, Any], output: RequestOutput) -> dict[str, Any
 
 
 def _encode(line: Mapping[str, object]) -> bytes:
-    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+    """One line for every reader: ``str.splitlines`` and JavaScript also end lines at the characters escaped here."""
+    text = json.dumps(line, ensure_ascii=False)
+    for separator in ("\u0085", "\u2028", "\u2029"):
+        text = text.replace(separator, f"\\u{ord(separator):04x}")
+    return text.encode() + b"\n"
 
 
 def _index_of(line: bytes) -> int | None:

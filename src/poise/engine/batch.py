@@ -58,7 +58,9 @@ class Row:
 class Batch:
     """Rows, their cache and their place. ``cache`` is transformers' own, attention and recurrent states alike."""
 
-    def __init__(self, rows: Sequence[Row], *, config: Any, chunk_tokens: int, pad_id: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: Sequence[Row], *, config: Any, chunk_tokens: int, pad_id: int, device: torch.device
+    ) -> None:
         self.rows = list(rows)
         self._chunk_tokens = chunk_tokens
         self._cache = DynamicCache(config=config)

@@ -32,7 +32,9 @@ def reset_peak() -> bool:
 def available_bytes() -> int:
     """Memory this process can still take: what the machine has, or less where a memory cgroup says so."""
     machine = next(
-        int(line.split()[1]) * KIB for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
+        int(line.split()[1]) * KIB
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable")
     )
     return min([machine, *_cgroup_rooms()])
 

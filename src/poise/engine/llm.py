@@ -1,8 +1,8 @@
 """``LLM``: a mixture-of-experts checkpoint that generates within a memory budget, experts streamed from disk.
 
-    from poise import LLM, SamplingParams
-    with LLM("path/to/checkpoint", memory="8GiB") as llm:
-        print(llm.generate("def main():", SamplingParams(max_tokens=64))[0].outputs[0].text)
+from poise import LLM, SamplingParams
+with LLM("path/to/checkpoint", memory="8GiB") as llm:
+    print(llm.generate("def main():", SamplingParams(max_tokens=64))[0].outputs[0].text)
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from poise.model.checkpoint import Checkpoint, open_checkpoint
 from poise.model.dense import dense_nbytes, load_dense, take_out_experts
 from poise.model.inspect import build_meta_model, choose_dtype, find_experts, load_config
 from poise.model.layout import CheckpointLayout, find_layout
-from poise.offload.expert_store import ExpertStore, converter_for, slot_bytes_for
+from poise.offload.expert_store import ExpertStore
+from poise.offload.weights import converter_for, slot_bytes_for
 from poise.plan.memory import OVERHEAD_BYTES, ActivationSpec, MemoryPlan, plan_memory
 from poise.spec.model_spec import ModelSpec
 from poise.units import format_bytes, parse_bytes
@@ -131,7 +132,7 @@ class LLM:
         token. Raises PromptError for a prompt that is empty or longer than the context, BudgetError when one row does not
         fit. On an error or Ctrl-C nothing of the call is left behind and the LLM can be used again.
         """
-        listed: Sequence[Prompt] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)  # type: ignore[list-item]
+        listed: Sequence[Prompt] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
         params = _params_for(listed, sampling_params)
         rows = [self._row(index, prompt, each) for index, (prompt, each) in enumerate(zip(listed, params, strict=True))]
         if not rows:
@@ -170,7 +171,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _open(self) -> ExpertStore:
@@ -180,7 +183,7 @@ class LLM:
 
     def _refuse_if_hopeless(self) -> None:
         """Before anything is loaded: the dense part, one expert and the overhead must fit."""
-        dense = dense_nbytes_on_meta(self._model)
+        dense = dense_nbytes(self._model)
         needed = dense + self._slot_bytes + OVERHEAD_BYTES
         if needed > self.budget_bytes:
             raise BudgetError(
@@ -199,7 +202,7 @@ class LLM:
             slot_bytes=self._slot_bytes,
             capacity=capacity,
             reader_threads=READER_THREADS,
-            convert=converter_for(self._model, self._model.config),
+            convert=converter_for(self._model),
         )
 
     def _row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
@@ -248,12 +251,6 @@ class LLM:
         )
 
 
-def dense_nbytes_on_meta(model: Any) -> int:
-    """Bytes the dense part will take, before it is loaded; tied weights counted once."""
-    model.tie_weights()
-    return sum({id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}.values())
-
-
 def _device(device: str) -> torch.device:
     if device not in ("auto", "cpu"):
         raise UsageError(f"device {device!r} is not supported yet; experts are streamed to the CPU: give auto or cpu")
@@ -262,7 +259,9 @@ def _device(device: str) -> torch.device:
 
 def _tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer, or None where it has none (token ids still work)."""
-    if not any((checkpoint.path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not any(
+        (checkpoint.path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
         return None
     return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
 
@@ -281,7 +280,9 @@ def _params_for(
     if given is None or isinstance(given, SamplingParams):
         return [given or SamplingParams()] * len(prompts)
     if len(given) != len(prompts):
-        raise UsageError(f"{len(given)} sampling_params for {len(prompts)} prompts; give one for all, or one per prompt")
+        raise UsageError(
+            f"{len(given)} sampling_params for {len(prompts)} prompts; give one for all, or one per prompt"
+        )
     return given
 
 

@@ -34,7 +34,14 @@ class Loop:
     """Runs rows to their end under a memory plan. Longest prompts go first; rows of like length share a batch."""
 
     def __init__(
-        self, runner: Runner, plan: MemoryPlan, rows: Sequence[Row], *, eos: frozenset[int], pad_id: int, device: torch.device
+        self,
+        runner: Runner,
+        plan: MemoryPlan,
+        rows: Sequence[Row],
+        *,
+        eos: frozenset[int],
+        pad_id: int,
+        device: torch.device,
     ) -> None:
         self._runner = runner
         self._plan = plan
@@ -73,7 +80,9 @@ class Loop:
             rows = [self._queue.pop() for _ in range(size)]
             self._prompt_tokens += sum(len(row.prompt_ids) for row in rows)
             config: Any = self._runner.model.config
-            batch = Batch(rows, config=config, chunk_tokens=self._plan.chunk_tokens, pad_id=self._pad_id, device=self._device)
+            batch = Batch(
+                rows, config=config, chunk_tokens=self._plan.chunk_tokens, pad_id=self._pad_id, device=self._device
+            )
             self._live.append(batch)
 
     def _advance(self, batch: Batch, logits_BV: torch.Tensor | None, listeners: Listeners) -> None:

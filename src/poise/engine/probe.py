@@ -35,7 +35,9 @@ def probe(model: Any, device: torch.device) -> Probed:
     per_token = [(b - a) // (LONG_TOKENS - SHORT_TOKENS) for a, b in zip(short, long, strict=True)]
     state = sum(a - each * SHORT_TOKENS for a, each in zip(short, per_token, strict=True))
     cache = CacheSpec(
-        bytes_per_token=sum(per_token), largest_layer_bytes_per_token=max(per_token, default=0), state_bytes=max(0, state)
+        bytes_per_token=sum(per_token),
+        largest_layer_bytes_per_token=max(per_token, default=0),
+        state_bytes=max(0, state),
     )
     return Probed(cache=cache, top_k=top_k)
 

@@ -82,6 +82,8 @@ class Runner:
         assert now is not None, f"a forward ended before its {layer + 1}th MoE layer"
         position = self._position.get(id(now.module))
         assert position == layer, f"a batch parked at MoE layer {position} while the group is at {layer}"
-        assert mask is None or len(mask) == len(now.hidden_TH), "the experts see another number of tokens than the batch has"
+        assert mask is None or len(mask) == len(now.hidden_TH), (
+            "the experts see another number of tokens than the batch has"
+        )
         self.store.request(layer, chosen_experts(now, mask))
         return now

@@ -53,7 +53,11 @@ class TextStream:
         """Length of the longest end of the text that begins a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         return next(
-            (size for size in range(min(longest, len(self._text)), 0, -1) if any(s.startswith(self._text[-size:]) for s in self._stop)),
+            (
+                size
+                for size in range(min(longest, len(self._text)), 0, -1)
+                if any(s.startswith(self._text[-size:]) for s in self._stop)
+            ),
             0,
         )
 

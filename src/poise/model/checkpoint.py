@@ -89,7 +89,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     for file in _weight_files(root):
         for tensor in read_header(file):
             if tensor.name in tensors:
-                raise CheckpointError(f"tensor {tensor.name} is in {tensors[tensor.name].file.name} and in {file.name}; keep one")
+                raise CheckpointError(
+                    f"tensor {tensor.name} is in {tensors[tensor.name].file.name} and in {file.name}; keep one"
+                )
             tensors[tensor.name] = tensor
     return Checkpoint(path=root, config=config, tensors=tensors)
 
@@ -123,7 +125,9 @@ def _weight_files(root: Path) -> list[Path]:
     if files:
         return files
     if any(root.glob("*.bin")) or any(root.glob("*.pt")) or any(root.glob("*.pth")):
-        raise CheckpointError(f"{root} holds pickled weights only, which can run code; convert them to safetensors first")
+        raise CheckpointError(
+            f"{root} holds pickled weights only, which can run code; convert them to safetensors first"
+        )
     raise CheckpointError(f"{root} holds no *.safetensors file; fetch the weights beside config.json")
 
 
@@ -151,7 +155,9 @@ def read_header(file: Path) -> list[TensorRef]:
             raise CheckpointError(f"{damaged}: the entry of tensor {name} is malformed; fetch it again")
         if tensor.offset + tensor.nbytes > size:
             missing = tensor.offset + tensor.nbytes - size
-            raise CheckpointError(f"{file} is truncated: tensor {name} ends {missing} bytes past its end; fetch it again")
+            raise CheckpointError(
+                f"{file} is truncated: tensor {name} ends {missing} bytes past its end; fetch it again"
+            )
         tensors.append(tensor)
     return tensors
 

@@ -64,7 +64,7 @@ class _LazyTensor:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         buffer = torch.empty(self._ref.nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy().data)
         descriptor = os.open(self._ref.file, os.O_RDONLY)
         try:
             done = 0
@@ -89,7 +89,9 @@ def take_out_experts(model: nn.Module, modules: Sequence[ExpertsModule]) -> None
             object.__setattr__(module, param, meta)
 
 
-def load_dense(model: Any, checkpoint: Checkpoint, layout: CheckpointLayout, dtype: torch.dtype, device: torch.device) -> None:
+def load_dense(
+    model: Any, checkpoint: Checkpoint, layout: CheckpointLayout, dtype: torch.dtype, device: torch.device
+) -> None:
     """Fills the meta model's dense parameters and buffers in place; the experts must have been taken out.
 
     Raises CheckpointError when a dense tensor is missing or has the wrong shape.
@@ -109,7 +111,9 @@ def load_dense(model: Any, checkpoint: Checkpoint, layout: CheckpointLayout, dty
         info, _ = model._load_pretrained_model(model, state, None, config)
         info = model._finalize_model_loading(model, config, info)
     except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.path} does not fit its config.json: {str(error).strip().splitlines()[-1]}") from None
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit its config.json: {str(error).strip().splitlines()[-1]}"
+        ) from None
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
@@ -118,7 +122,7 @@ def load_dense(model: Any, checkpoint: Checkpoint, layout: CheckpointLayout, dty
     model.eval()
 
 
-def dense_nbytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, tied weights counted once."""
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
-    return sum(tensors.values())
+def dense_nbytes(model: Any) -> int:
+    """Bytes of all parameters and buffers that the model holds or, on the meta device, will hold; tied weights once."""
+    model.tie_weights()
+    return sum({id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}.values())

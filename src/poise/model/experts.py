@@ -29,7 +29,9 @@ def expert_forward(module: Any, rows_TH: torch.Tensor, weights: Weights) -> torc
     return out_TH
 
 
-def _linear(rows: torch.Tensor, weights: Mapping[str, tuple[torch.Tensor, ...]], name: str, module: Any) -> torch.Tensor:
+def _linear(
+    rows: torch.Tensor, weights: Mapping[str, tuple[torch.Tensor, ...]], name: str, module: Any
+) -> torch.Tensor:
     parts = weights[name]
     bias = _whole(weights[f"{name}_bias"]) if module.has_bias else None
     if module.is_transposed:

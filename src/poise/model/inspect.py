@@ -37,7 +37,9 @@ def load_config(checkpoint: Checkpoint) -> Any:
         return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{checkpoint.path / 'config.json'} is not one that transformers knows: {reason}") from None
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'} is not one that transformers knows: {reason}"
+        ) from None
 
 
 def choose_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
@@ -61,7 +63,9 @@ def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except ValueError as error:
-        raise CheckpointError(f"model type {config.model_type!r} is no causal language model: {str(error)[:120]}") from None
+        raise CheckpointError(
+            f"model type {config.model_type!r} is no causal language model: {str(error)[:120]}"
+        ) from None
 
 
 def find_experts(model: nn.Module, model_type: str) -> list[ExpertsModule]:
@@ -75,7 +79,9 @@ def find_experts(model: nn.Module, model_type: str) -> list[ExpertsModule]:
         num_experts = getattr(module, "num_experts", None)
         if goes_through_registry(module) and isinstance(num_experts, int):
             params = tuple(
-                key for key, value in module.named_parameters(recurse=False) if value.dim() and value.shape[0] == num_experts
+                key
+                for key, value in module.named_parameters(recurse=False)
+                if value.dim() and value.shape[0] == num_experts
             )
             found.append(ExpertsModule(name=name, layer=_layer_id(name), num_experts=num_experts, params=params))
         elif name.endswith("experts") and "shared" not in name:

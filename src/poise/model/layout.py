@@ -59,7 +59,7 @@ class ExpertSource:
     @property
     def parts(self) -> tuple[TensorRef, ...]:
         """Every slice of the disk this expert needs, each once."""
-        return tuple({part.offset: part for recipe in self.recipes for part in recipe.parts}.values())
+        return tuple(dict.fromkeys(part for recipe in self.recipes for part in recipe.parts))
 
     @property
     def nbytes(self) -> int:
@@ -67,15 +67,11 @@ class ExpertSource:
         return sum(part.nbytes for part in self.parts)
 
     @property
-    def converted_nbytes(self) -> int:
-        """Bytes in memory after conversion, each parameter padded to 64."""
-        return sum(-(-_numel(shape) * self.dtype.itemsize // 64) * 64 for shape in self.shapes.values())
-
-    @property
     def is_direct(self) -> bool:
         """Whether the bytes on disk are the weights, with nothing to convert."""
         return all(
-            recipe.converter is None and all(DTYPE_OF_SAFETENSORS.get(part.dtype) == self.dtype for part in recipe.parts)
+            recipe.converter is None
+            and all(DTYPE_OF_SAFETENSORS.get(part.dtype) == self.dtype for part in recipe.parts)
             for recipe in self.recipes
         )
 
@@ -97,7 +93,9 @@ class _Collected:
     by_pattern: dict[str, list[TensorRef]]
 
 
-def find_layout(checkpoint: Checkpoint, model: Any, modules: Sequence[ExpertsModule], dtype: torch.dtype) -> CheckpointLayout:
+def find_layout(
+    checkpoint: Checkpoint, model: Any, modules: Sequence[ExpertsModule], dtype: torch.dtype
+) -> CheckpointLayout:
     """Maps every tensor of the checkpoint to the model. ``model`` lies on the meta device, experts included.
 
     Raises CheckpointError when an expert's tensor is missing or has another shape than the model's.
@@ -121,13 +119,18 @@ def find_layout(checkpoint: Checkpoint, model: Any, modules: Sequence[ExpertsMod
         entry = collected.setdefault(target, _Collected(converter=converter, by_pattern={}))
         entry.by_pattern.setdefault(pattern or name, []).append(checkpoint.tensors[name])
     experts_LE = tuple(
-        tuple(_expert_source(module, expert, collected, state, dtype) for expert in range(module.num_experts)) for module in modules
+        tuple(_expert_source(module, expert, collected, state, dtype) for expert in range(module.num_experts))
+        for module in modules
     )
     return CheckpointLayout(experts_LE=experts_LE, dense=tuple(dense), conversions=conversions)
 
 
 def _expert_source(
-    module: ExpertsModule, expert: int, collected: Mapping[str, _Collected], state: Mapping[str, torch.Tensor], dtype: torch.dtype
+    module: ExpertsModule,
+    expert: int,
+    collected: Mapping[str, _Collected],
+    state: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
 ) -> ExpertSource:
     shapes = {param: tuple(state[f"{module.name}.{param}"].shape[1:]) for param in module.params}
     recipes = []
@@ -143,7 +146,9 @@ def _expert_source(
         recipes.append(recipe)
     missing = [param for param in module.params if param not in made]
     if missing:
-        raise CheckpointError(f"the checkpoint holds nothing for {module.name}.{missing[0]}; fetch the missing shard again")
+        raise CheckpointError(
+            f"the checkpoint holds nothing for {module.name}.{missing[0]}; fetch the missing shard again"
+        )
     return ExpertSource(
         module=module.name, layer=module.layer, expert=expert, recipes=tuple(recipes), shapes=shapes, dtype=dtype
     )
@@ -151,7 +156,11 @@ def _expert_source(
 
 def _filled_by(param: str, entry: _Collected, module: ExpertsModule) -> set[str]:
     """The module's parameters that one conversion fills: itself, and more where one tensor is split into several."""
-    patterns = [pattern.replace("\\", "").rstrip("$") for pattern in entry.converter.target_patterns] if entry.converter else []
+    patterns = (
+        [pattern.replace("\\", "").rstrip("$") for pattern in entry.converter.target_patterns]
+        if entry.converter
+        else []
+    )
     return {param} | {other for other in module.params if any(pattern.endswith(other) for pattern in patterns)}
 
 
@@ -185,7 +194,9 @@ def _slice_of(refs: list[TensorRef], module: ExpertsModule, param: str, expert: 
     fused = refs[0]
     if len(refs) != 1 or not fused.shape or fused.shape[0] != module.num_experts:
         if len(refs) > 1:
-            raise CheckpointError(f"{module.name}.{param}: {len(refs)} experts on disk, {module.num_experts} in config.json; they must agree")
+            raise CheckpointError(
+                f"{module.name}.{param}: {len(refs)} experts on disk, {module.num_experts} in config.json; they must agree"
+            )
         raise CheckpointError(
             f"tensor {fused.name} has shape {list(fused.shape)}; config.json asks for {module.num_experts} experts along dim 0"
         )
@@ -205,17 +216,21 @@ def _check_shape(recipe: ParamRecipe, shape: tuple[int, ...]) -> None:
     rest = {part.shape[1:] for part in recipe.parts}
     if rows != shape[0] or rest != {shape[1:]}:
         found = " and ".join(f"{part.name} {list(part.shape)}" for part in recipe.parts)
-        raise CheckpointError(f"{found}: config.json asks for {list(shape)} in all; the checkpoint and its config.json do not match")
+        raise CheckpointError(
+            f"{found}: config.json asks for {list(shape)} in all; the checkpoint and its config.json do not match"
+        )
 
 
-def convert_expert(source: ExpertSource, raw: Mapping[int, torch.Tensor], model: Any, config: Any) -> dict[str, torch.Tensor]:
-    """Runs the conversions of one expert. ``raw`` holds the parts by their offset on disk, shaped as on disk.
+def convert_expert(
+    source: ExpertSource, raw: Mapping[TensorRef, torch.Tensor], model: Any, config: Any
+) -> dict[str, torch.Tensor]:
+    """Runs the conversions of one expert. ``raw`` holds the parts, shaped as on disk.
 
     Returns every parameter in the model's shape and dtype.
     """
     made: dict[str, torch.Tensor] = {}
     for recipe in source.recipes:
-        tensors = [raw[part.offset] for part in recipe.parts]
+        tensors = [raw[part] for part in recipe.parts]
         if recipe.converter is None:
             made[recipe.param] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
             continue
@@ -232,10 +247,3 @@ def convert_expert(source: ExpertSource, raw: Mapping[int, torch.Tensor], model:
             found = f"{source.module}.{param} of expert {source.expert} becomes {list(made[param].shape)}"
             raise CheckpointError(f"{found}, not {list(shape)}; the checkpoint and its config.json do not match")
     return {param: made[param].to(source.dtype) for param in source.shapes}
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -32,7 +32,7 @@ class Parked:
     top_k_weights_TK: torch.Tensor
 
 
-class _ForwardGreenlet(greenlet.greenlet):
+class _ForwardGreenlet(greenlet.greenlet):  # type: ignore[misc]  # greenlet ships no types
     """Marks the greenlets in which parking is possible."""
 
 

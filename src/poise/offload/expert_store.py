@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 
-from poise.model.dense import as_tensor
-from poise.model.layout import ExpertSource, Weights, convert_expert
+from poise.model.layout import ExpertSource, Weights
 from poise.offload.arena import Arena
 from poise.offload.read_plan import ReadPlan, plan_reads
 from poise.offload.reader import Reader
 from poise.offload.slots import Key, Slots, State
+from poise.offload.weights import Convert, weights_in_slot
 from poise.plan.residency import expected_distance_LE, updated_probability_E
 
 PROBABILITY_WEIGHT = 0.2
@@ -52,7 +50,7 @@ class ExpertStore:
         slot_bytes: int,
         capacity: int,
         reader_threads: int,
-        convert: Callable[[ExpertSource, dict[int, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        convert: Convert,
     ) -> None:
         self._sources_LE = sources_LE
         self._plans: dict[Key, ReadPlan] = {}
@@ -116,7 +114,9 @@ class ExpertStore:
             while True:
                 if self._error is not None:
                     raise self._error
-                key = next((key for key in self._slots.keys(State.READY) if key[0] == layer and key[1] in experts), None)
+                key = next(
+                    (key for key in self._slots.keys(State.READY) if key[0] == layer and key[1] in experts), None
+                )
                 if key is not None:
                     self._slots.acquire(key)
                     return key[1], self._weights[key]
@@ -236,7 +236,12 @@ class ExpertStore:
         staging = None if source.is_direct else Arena(1, plan.nbytes)
         into, index = (self._arena, slot) if staging is None else (staging, 0)
         reads = [
-            (extent.file, extent.file_offset, extent.needed_bytes, into.view_of(index, extent.slot_offset, extent.nbytes))
+            (
+                extent.file,
+                extent.file_offset,
+                extent.needed_bytes,
+                into.view_of(index, extent.slot_offset, extent.nbytes),
+            )
             for extent in plan.extents
         ]
         self._reader.submit(reads, lambda error: self._arrived(key, slot, plan, staging, error))
@@ -246,7 +251,7 @@ class ExpertStore:
         weights: Weights = {}
         if error is None:
             try:
-                weights = self._weights_of(key, slot, plan, staging)
+                weights = weights_in_slot(self._arena, slot, self._source(key), plan, staging, self._convert)
             except Exception as failure:  # noqa: BLE001 - carried to the compute thread, raised by take()
                 error = failure
         with self._changed:
@@ -262,55 +267,5 @@ class ExpertStore:
                 self._error = error
             self._changed.notify_all()
 
-    def _weights_of(self, key: Key, slot: int, plan: ReadPlan, staging: Arena | None) -> Weights:
-        source = self._source(key)
-        if staging is None:
-            return {recipe.param: self._views(recipe.parts, slot, plan) for recipe in source.recipes}
-        assert self._convert is not None, "this checkpoint needs conversion and nobody converts"
-        raw = {
-            part.offset: as_tensor(staging.bytes_of(0, plan.slot_offsets[part], part.nbytes), part) for part in source.parts
-        }
-        weights: Weights = {}
-        offset = 0
-        for param, tensor in self._convert(source, raw).items():
-            place = self._arena.bytes_of(slot, offset, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-            place.copy_(tensor)
-            weights[param] = (place,)
-            offset += -(-tensor.nbytes // 64) * 64
-        return weights
-
-    def _views(self, parts: Sequence[Any], slot: int, plan: ReadPlan) -> tuple[torch.Tensor, ...]:
-        """A parameter's parts as tensors over the slot; parts that touch become one."""
-        groups: list[list[Any]] = []
-        for part in parts:
-            if groups and plan.slot_offsets[groups[-1][-1]] + groups[-1][-1].nbytes == plan.slot_offsets[part]:
-                groups[-1].append(part)
-            else:
-                groups.append([part])
-        views = []
-        for group in groups:
-            nbytes = sum(part.nbytes for part in group)
-            flat = self._arena.bytes_of(slot, plan.slot_offsets[group[0]], nbytes)
-            rows = sum(part.shape[0] for part in group)
-            views.append(flat.view(self._sources_LE[0][0].dtype).view(rows, *group[0].shape[1:]))
-        return tuple(views)
-
     def _source(self, key: Key) -> ExpertSource:
         return self._sources_LE[key[0]][key[1]]
-
-
-def slot_bytes_for(sources_LE: Sequence[Sequence[ExpertSource]]) -> int:
-    """Bytes a slot needs so that every expert fits."""
-    return max(
-        plan_reads(source.parts).nbytes if source.is_direct else source.converted_nbytes for row in sources_LE for source in row
-    )
-
-
-def converter_for(model: Any, config: Any) -> Callable[[ExpertSource, dict[int, torch.Tensor]], dict[str, torch.Tensor]]:
-    """Binds transformers' conversions to the model they belong to."""
-
-    @torch.inference_mode()
-    def convert(source: ExpertSource, raw: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return convert_expert(source, raw, model, config)
-
-    return convert

@@ -19,7 +19,7 @@ def chosen_experts(parked: Parked, real_T: torch.Tensor | None) -> list[int]:
     """The experts that the real tokens of a batch chose, ascending. ``real_T``: bool, False for padding; None: all real."""
     chosen = parked.top_k_index_TK if real_T is None else parked.top_k_index_TK[real_T]
     num_experts: int = parked.module.num_experts  # type: ignore[assignment]
-    return [expert for expert in chosen.unique().tolist() if expert < num_experts]
+    return [expert for expert in torch.unique(chosen).tolist() if expert < num_experts]
 
 
 def run_experts(
@@ -49,7 +49,7 @@ def run_experts(
         store.release(layer, expert)
         remaining.remove(expert)
     output_TH = contributions_PH.view(tokens, top_k, -1).sum(dim=1)
-    return list(output_TH.split([len(entry.hidden_TH) for entry in parked]))
+    return list(torch.split(output_TH, [len(entry.hidden_TH) for entry in parked]))
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -62,6 +62,8 @@ def _choices(
     """Every choice's expert, flat; ``num_experts`` where the token is padding or the router masked the choice."""
     choice_TK = index_TK.clamp(max=num_experts)
     if any(mask is not None for mask in real):
-        whole = [mask if mask is not None else torch.ones(n, dtype=torch.bool) for mask, n in zip(real, tokens, strict=True)]
+        whole = [
+            mask if mask is not None else torch.ones(n, dtype=torch.bool) for mask, n in zip(real, tokens, strict=True)
+        ]
         choice_TK = choice_TK.masked_fill(~torch.cat(whole)[:, None], num_experts)
     return choice_TK.reshape(-1)

@@ -28,8 +28,12 @@ class Reader:
     def __init__(self, files: Sequence[Path], *, threads: int, direct: bool = True) -> None:
         self._direct = direct
         self._descriptors = {file: self._open(file) for file in dict.fromkeys(files)}
-        self._jobs: queue.SimpleQueue[tuple[Sequence[Read], Callable[[Exception | None], None]] | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, name=f"poise-reader-{index}", daemon=True) for index in range(threads)]
+        self._jobs: queue.SimpleQueue[tuple[Sequence[Read], Callable[[Exception | None], None]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._threads = [
+            threading.Thread(target=self._work, name=f"poise-reader-{index}", daemon=True) for index in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
