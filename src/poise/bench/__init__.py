@@ -16,6 +16,7 @@ from poise.errors import UsageError
 BENCHMARKS = MappingProxyType(
     {
         "disk": "poise.bench.disk",
+        "reader": "poise.bench.reader",
     }
 )
 """Name on the command line to module."""

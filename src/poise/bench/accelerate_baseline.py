@@ -1,13 +1,14 @@
 """The baseline: greedy generation with plain transformers and Accelerate's disk offload, set up as a careful user would.
 
     python -m poise.bench.accelerate_baseline --model DIR --memory BYTES --prompts F.jsonl --max-tokens N \
-        --batch-size B --offload-folder D
+        --batch-size B --offload-folder D [--max-time S] [--ignore-eos]
 
 Runs as a process of its own and prints one JSON line: ``load_s``, ``prefill_s``, ``decode_s``, ``generated_tokens``,
 ``results`` (text and token ids per prompt, up to and with the end-of-sequence token), ``peak_bytes`` (largest resident
 set), ``read_bytes`` (what the kernel fetched from storage for it while generating; None where it is not counted).
 ``--memory`` bounds the weights that stay in memory. Accelerate first rewrites the others into the offload folder,
-experts as fused tensors: give it room for them. Uses nothing of Poise but the units.
+experts as fused tensors: give it room for them. A batch ends with the step that passes ``--max-time`` seconds; the
+report then has fewer tokens. Uses nothing of Poise but the units.
 """
 
 from __future__ import annotations
@@ -48,7 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load_s = time.perf_counter() - start_s
     read_before = _storage_bytes_read()
     batches = [
-        generate(model, tokenizer, prompts[first : first + options.batch_size], options.max_tokens, options.ignore_eos)
+        generate(
+            model,
+            tokenizer,
+            prompts[first : first + options.batch_size],
+            max_new_tokens=options.max_tokens,
+            max_time=options.max_time,
+            **({"eos_token_id": None} if options.ignore_eos else {}),
+        )
         for first in range(0, len(prompts), options.batch_size)
     ]
     results = [result for batch in batches for result in batch.results]
@@ -80,20 +88,12 @@ def load(directory: Path, memory_bytes: int, offload_folder: Path) -> Any:
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int, ignore_eos: bool) -> Batch:
-    """Continue ``prompts`` greedily as one left-padded batch."""
+def generate(model: Any, tokenizer: Any, prompts: Sequence[str], **limits: Any) -> Batch:
+    """Continue ``prompts`` greedily as one left-padded batch. ``limits`` are those of transformers' ``generate``."""
     encoded = tokenizer(list(prompts), return_tensors="pt", padding=True)
     clock = _StepClock()
-    stops = {"eos_token_id": None} if ignore_eos else {}
-    tokens = model.generate(
-        **encoded,
-        do_sample=False,
-        max_new_tokens=max_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=clock,
-        **stops,
-    )
-    eos = set() if ignore_eos else _eos_ids(model)
+    tokens = model.generate(**encoded, **limits, do_sample=False, pad_token_id=tokenizer.pad_token_id, streamer=clock)
+    eos = _ids(limits.get("eos_token_id", model.generation_config.eos_token_id))
     rows = [_until_eos(row, eos) for row in tokens[:, encoded["input_ids"].shape[1] :].tolist()]
     return Batch(
         prefill_s=clock.times_s[1] - clock.times_s[0],
@@ -115,9 +115,8 @@ class _StepClock(BaseStreamer):  # type: ignore[misc]
         """The last step has been noted."""
 
 
-def _eos_ids(model: Any) -> set[int]:
-    eos = model.generation_config.eos_token_id
-    return set(eos) if isinstance(eos, list) else {eos}
+def _ids(eos: list[int] | int | None) -> set[int]:
+    return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
 
 
 def _until_eos(row: list[int], eos: set[int]) -> list[int]:
@@ -148,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, required=True, metavar="N")
     parser.add_argument("--batch-size", type=int, default=4, metavar="B")
     parser.add_argument("--offload-folder", type=Path, required=True, metavar="D")
+    parser.add_argument("--max-time", type=float, metavar="S", help="end a batch with the step that passes this")
     parser.add_argument("--ignore-eos", action="store_true", help="generate on after the end-of-sequence token")
     return parser
 

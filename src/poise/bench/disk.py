@@ -28,7 +28,7 @@ from rich.table import Table
 from poise.bench.direct_read import PatternRate, ReadPattern, measure_patterns
 from poise.bench.limits import forget_cached
 from poise.bench.machine import stamp
-from poise.bench.mounts import MEMORY_FILE_SYSTEMS, mount_of
+from poise.bench.mounts import in_memory, mount_of
 from poise.bench.results import document, write_result
 from poise.errors import UsageError
 from poise.units import GIB, KIB, MIB, format_bytes
@@ -82,19 +82,9 @@ def scratch_file(directory: Path, size_bytes: int) -> Iterator[Path]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(directory).free
+        require_disk(directory, size_bytes)
     except OSError as error:
         raise UsageError(f"{directory} cannot be used ({error.strerror}); give a directory on the disk") from error
-    mount = mount_of(directory)
-    if mount is not None and mount.kind in MEMORY_FILE_SYSTEMS:
-        raise UsageError(
-            f"{directory} is in memory ({mount.kind}), not on a disk; set TMPDIR to a directory on the disk"
-        )
-    if free_bytes < size_bytes:
-        raise UsageError(
-            f"{directory} has {format_bytes(free_bytes)} free and the measurement needs {format_bytes(size_bytes)}; "
-            "free some space, or set TMPDIR to another disk"
-        )
     random = np.random.default_rng(0)
     with tempfile.NamedTemporaryFile(prefix="poise-disk-", dir=directory) as file:
         for start in range(0, size_bytes, _WRITE_BYTES):
@@ -103,6 +93,18 @@ def scratch_file(directory: Path, size_bytes: int) -> Iterator[Path]:
         path = Path(file.name)
         forget_cached(path)
         yield path
+
+
+def require_disk(directory: Path, size_bytes: int) -> None:
+    """Raises UsageError if ``directory`` is in memory, or on a disk without room for ``size_bytes``."""
+    free_bytes = shutil.disk_usage(directory).free
+    if in_memory(directory):
+        raise UsageError(f"{directory} is in memory, not on a disk; set TMPDIR to a directory on the disk")
+    if free_bytes < size_bytes:
+        raise UsageError(
+            f"{directory} has {format_bytes(free_bytes)} free, and {format_bytes(size_bytes)} are needed; "
+            "free some space, or set TMPDIR to a directory on another disk"
+        )
 
 
 def _fio_rate(path: Path) -> float | None:

@@ -39,6 +39,12 @@ def mount_of(path: Path) -> Mount | None:
     return max(reversed(holding), key=lambda mount: len(mount.point.parts), default=None)
 
 
+def in_memory(path: Path) -> bool:
+    """Whether ``path`` lies on a file system that is memory, such as a ``/tmp`` of kind tmpfs."""
+    mount = mount_of(path)
+    return mount is not None and mount.kind in MEMORY_FILE_SYSTEMS
+
+
 def block_device(path: Path) -> tuple[str | None, str]:
     """``("254:0", "")``: the whole disk under ``path``, as control groups name it; else None and the reason."""
     device = os.stat(path).st_dev

@@ -67,9 +67,12 @@ Memory = Annotated[
         metavar="SIZE", help="Memory for weights, caches and buffers, such as 8GiB; auto: what is free, less a margin."
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: auto or cpu.")]
 Dtype = Annotated[
-    str, typer.Option(metavar="DTYPE", help="Number type to compute in: auto (the checkpoint's), bfloat16, ...")
+    str,
+    typer.Option(
+        metavar="DTYPE", help="Number type to compute in: auto (the checkpoint's), bfloat16, float16, float32."
+    ),
 ]
 Temperature = Annotated[float, typer.Option(metavar="T", help="Randomness of the choice of tokens; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(metavar="P", help="Choose among the likeliest tokens that sum to P.")]

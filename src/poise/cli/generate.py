@@ -175,7 +175,8 @@ class _View:
             self.bar.clear()
             ready = self._line_by_index[self._printed]
             self._printed += 1
-            print(f"[{self._printed}/{len(self.requests)}] {_excerpt(ready)}\n{ready['text']}\n", flush=True)
+            text = ready["text"] or f"token ids {ready['token_ids']}"  # without a tokenizer there is no text
+            print(f"[{self._printed}/{len(self.requests)}] {_excerpt(ready)}\n{text}\n", flush=True)
 
     def held(self) -> list[dict[str, Any]]:
         """The results in order of input."""

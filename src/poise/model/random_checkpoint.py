@@ -28,7 +28,7 @@ from poise.errors import CheckpointError, UsageError
 from poise.model.inspect import DTYPES, build_meta_model, find_experts
 from poise.model.widen import MAX_SHARD_BYTES, shard_names, whole_directory, write_index
 
-ADJUSTING_ROWS, ADJUSTING_TOKENS = 4, 512
+ADJUSTING_ROWS, ADJUSTING_TOKENS = 16, 256
 """Random tokens on which the routers of a skewed model are adjusted."""
 MAX_ADJUSTMENTS = 80
 CLOSE_ENOUGH = 0.003
@@ -198,7 +198,7 @@ def _make_skewed(streamed: _StreamedModel, skew: float) -> dict[str, list[float]
     if any(router.bias is None for router in routers):
         # Without a direction that all tokens share, a linear router can prefer an expert for half of them at most.
         embeddings_VH = model.get_input_embeddings().weight
-        embeddings_VH += embeddings_VH.float().square().mean().sqrt() * torch.randn(embeddings_VH.shape[1])
+        embeddings_VH += 2 * embeddings_VH.float().square().mean().sqrt() * torch.randn(embeddings_VH.shape[1])
     streamed.write_rest()
     tokens = min(ADJUSTING_TOKENS, config.max_position_embeddings)
     model.base_model(input_ids=torch.randint(config.vocab_size, (ADJUSTING_ROWS, tokens)), use_cache=False)
