@@ -31,7 +31,8 @@ def main() -> None:
                 on_progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
         except PoiseError as error:
-            sys.exit(f"widen: {error}")
+            print(f"widen: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

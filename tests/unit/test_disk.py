@@ -64,7 +64,7 @@ def test_buffers_are_aligned_to_huge_pages_and_of_the_size_asked_for() -> None:
 
 
 def test_too_little_room_is_a_usage_error(on_disk: Path) -> None:
-    with pytest.raises(UsageError, match="free, and .* are needed"), scratch_file(on_disk, 1 << 60):
+    with pytest.raises(UsageError, match=r"free, and .* are needed"), scratch_file(on_disk, 1 << 60):
         pass
 
 

@@ -149,11 +149,9 @@ def _scan(store: ExpertStore, sources_LE: Sequence[Sequence[ExpertSource]]) -> f
     began = time.perf_counter()
     for layer, row in enumerate(sources_LE):
         store.request(layer, range(len(row)))
-        remaining = set(range(len(row)))
-        while remaining:
-            expert, _ = store.take(layer, remaining)
-            store.release(layer, expert)
-            remaining.remove(expert)
+        for _ in row:
+            expert, _ = store.take()
+            store.release(expert)
     return (store.counters.bytes_read - read_before) / (time.perf_counter() - began)
 
 

@@ -67,7 +67,7 @@ class Runner:
     def _lockstep(self, forwards: Sequence[Forward], real: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         parked = [self._parked(forward.start(), mask, 0) for forward, mask in zip(forwards, real, strict=True)]
         for layer in range(self._num_layers):
-            outputs = run_experts(self.store, layer, parked, real)
+            outputs = run_experts(self.store, parked, real)
             parked = []
             for forward, output, mask in zip(forwards, outputs, real, strict=True):
                 now = forward.resume(output)

@@ -61,7 +61,9 @@ class ExpertStore:
         self._reader = Reader(files, threads=reader_threads)
         self._max_under_way = reader_threads + 1
         self._ahead: set[Key] = set()
+        self._there: deque[Key] = deque()
         self._absent_LE = np.array([[e < len(row) for e in range(max(map(len, sources_LE)))] for row in sources_LE])
+        self._idle_LE = np.zeros_like(self._absent_LE)
         self._changed = threading.Condition()
         self._pending: deque[Key] = deque()
         self._wanted: set[Key] = set()
@@ -99,36 +101,38 @@ class ExpertStore:
                 self._wanted.add(key)
                 self._ahead.discard(key)
                 state = self._slots.state(key)
-                self.counters.hits += state is State.READY
-                self.counters.misses += state is not State.READY
+                self._idle_LE[key] = False
+                if state is State.READY:
+                    self.counters.hits += 1
+                    self._there.append(key)
+                else:
+                    self.counters.misses += 1
                 if state is None:
                     self._pending.append(key)
             self._pump()
 
-    def take(self, layer: int, experts: set[int]) -> tuple[int, Weights]:
-        """The next of ``experts`` that is in memory, in use from now on: residents first, then in order of arrival.
+    def take(self) -> tuple[int, Weights]:
+        """The next expert that was asked for and is in memory, in use from now on: residents first, then as they arrive.
 
         Blocks until one is there. Raises ReadError when the disk fails.
         """
         with self._changed:
-            while True:
+            while not self._there:
                 if self._error is not None:
                     raise self._error
-                key = next(
-                    (key for key in self._slots.keys(State.READY) if key[0] == layer and key[1] in experts), None
-                )
-                if key is not None:
-                    self._slots.acquire(key)
-                    return key[1], self._weights[key]
-                assert self._pending or self._under_way, f"nobody is reading any of {sorted(experts)} of layer {layer}"
+                assert self._pending or self._under_way, "more experts are taken than were asked for"
                 self._changed.wait()
+            key = self._there.popleft()
+            self._slots.acquire(key)
+            return key[1], self._weights[key]
 
-    def release(self, layer: int, expert: int) -> None:
-        """The expert has computed for everyone; it may be evicted."""
+    def release(self, expert: int) -> None:
+        """The expert of the layer at hand has computed for everyone; it may be evicted."""
         with self._changed:
-            key = (layer, expert)
+            key = (self._layer, expert)
             self._slots.release(key)
             self._wanted.discard(key)
+            self._idle_LE[key] = True
             self._distance_LE[key] += len(self._sources_LE)
             self._pump()
 
@@ -150,7 +154,10 @@ class ExpertStore:
             self._drain()
             for key in self._slots.keys(State.IN_USE):
                 self._slots.release(key)
+            for key in self._slots.keys(State.READY):
+                self._idle_LE[key] = True
             self._wanted.clear()
+            self._there.clear()
             self._used.clear()
             self._error = None
 
@@ -208,20 +215,17 @@ class ExpertStore:
         """Frees a slot by evicting the farthest expert nobody waits for; a guess may only displace a farther one."""
         if self._slots.num_free:
             return True
-        idle = [key for key in self._slots.keys(State.READY) if key not in self._wanted]
-        if not idle:
+        farthest = int(np.where(self._idle_LE, self._distance_LE, -np.inf).argmax())
+        key = divmod(farthest, self._idle_LE.shape[1])
+        if not self._idle_LE[key] or (nearer_than != np.inf and self._distance_LE[key] < nearer_than):
             return False
-        layers, experts = np.array(idle).T
-        distances = self._distance_LE[layers, experts]
-        farthest = int(distances.argmax())
-        if nearer_than != np.inf and distances[farthest] < nearer_than:
-            return False
-        self._evict(idle[farthest])
+        self._evict(key)
         return True
 
     def _evict(self, key: Key) -> None:
         self._slots.evict(key)
         self._absent_LE[key] = True
+        self._idle_LE[key] = False
         self._ahead.discard(key)
         del self._weights[key]
 
@@ -259,6 +263,10 @@ class ExpertStore:
             if error is None:
                 self._slots.loaded(key)
                 self._weights[key] = weights
+                if key in self._wanted:
+                    self._there.append(key)
+                else:
+                    self._idle_LE[key] = True
                 self._pump()
             else:
                 self._slots.failed(key)

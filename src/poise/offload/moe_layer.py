@@ -23,9 +23,12 @@ def chosen_experts(parked: Parked, real_T: torch.Tensor | None) -> list[int]:
 
 
 def run_experts(
-    store: ExpertStore, layer: int, parked: Sequence[Parked], real: Sequence[torch.Tensor | None]
+    store: ExpertStore, parked: Sequence[Parked], real: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor]:
-    """The experts' outputs for every parked batch, shapes as their hidden states. ``layer``: position among MoE layers."""
+    """The experts' outputs for every parked batch, shapes as their hidden states.
+
+    The experts they chose must have been requested from the store.
+    """
     module = parked[0].module
     hidden_TH = _joined([entry.hidden_TH for entry in parked])
     index_TK = _joined([entry.top_k_index_TK for entry in parked])
@@ -36,18 +39,17 @@ def run_experts(
     order_P = choice_P.argsort(stable=True)
     ends = torch.bincount(choice_P, minlength=num_experts + 1).cumsum(0).tolist()
     begin_of = {expert: ends[expert - 1] if expert else 0 for expert in range(num_experts)}
-    remaining = {expert for expert in range(num_experts) if ends[expert] > begin_of[expert]}
+    num_active = sum(ends[expert] > begin_of[expert] for expert in range(num_experts))
     all_real = ends[num_experts - 1] == tokens * top_k
     make = hidden_TH.new_empty if all_real else hidden_TH.new_zeros
     contributions_PH = make(tokens * top_k, hidden_TH.shape[1])
     weights_P = weights_TK.reshape(-1, 1)
-    while remaining:
-        expert, weights = store.take(layer, remaining)
+    for _ in range(num_active):
+        expert, weights = store.take()
         pairs = order_P[begin_of[expert] : ends[expert]]
         output = expert_forward(module, hidden_TH[pairs // top_k], weights) * weights_P[pairs]
         contributions_PH.index_copy_(0, pairs, output.to(contributions_PH.dtype))
-        store.release(layer, expert)
-        remaining.remove(expert)
+        store.release(expert)
     output_TH = contributions_PH.view(tokens, top_k, -1).sum(dim=1)
     return list(torch.split(output_TH, [len(entry.hidden_TH) for entry in parked]))
 

@@ -1,0 +1,88 @@
+"""Makes a checkpoint of random weights from a transformers configuration, for tests and benchmarks of any size.
+
+    python tools/make_checkpoint.py --config mixtral.json --target /tmp/mixtral --set num_hidden_layers=8 --skew 1.0
+
+``--config`` is a directory with config.json or a JSON file of that kind; nothing is downloaded, and no tokenizer is made.
+A list with one entry per layer (``layer_types``) is cut when --set asks for fewer layers. See
+``poise.model.random_checkpoint`` for what --skew means and what random weights are not good for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from poise.errors import CheckpointError, PoiseError, UsageError
+from poise.model.random_checkpoint import make_checkpoint
+
+
+def read_config(path: Path, settings: list[str]) -> Any:
+    """The configuration in ``path`` with each ``key=value`` of ``settings`` put in place. Raises UsageError."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON ({error}); give a config.json or its directory") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise CheckpointError(f"{file} names no model_type; give the config.json of a transformers model")
+    model_type = values.pop("model_type")
+    try:
+        known = AutoConfig.for_model(model_type, **values).to_dict()
+    except ValueError:
+        raise CheckpointError(
+            f"{file} has model_type {model_type!r}, which transformers does not know; choose another"
+        ) from None
+    changes = dict(parse_setting(setting, known) for setting in settings)
+    layers, had_layers = changes.get("num_hidden_layers"), known.get("num_hidden_layers")
+    for key, value in values.items():
+        if layers is not None and isinstance(value, list) and len(value) == had_layers:
+            values[key] = value[:layers]
+    return AutoConfig.for_model(model_type, **values | changes)
+
+
+def parse_setting(setting: str, known: dict[str, Any]) -> tuple[str, Any]:
+    """``"hidden_size=64"`` as ``("hidden_size", 64)``; the value is JSON, or else a string."""
+    key, separator, text = setting.partition("=")
+    if not separator or key not in known:
+        raise UsageError(
+            f"--set {setting} names no setting of this configuration; write key=value, keys: {', '.join(sorted(known))}"
+        )
+    try:
+        return key, json.loads(text)
+    except ValueError:
+        return key, text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="config.json, or a directory that holds one")
+    parser.add_argument("--target", type=Path, required=True, help="directory to make")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
+    parser.add_argument(
+        "--skew", type=float, default=0.0, help="exponent of the experts' popularity; 0: as initialised"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16")
+    arguments = parser.parse_args()
+    try:
+        config = read_config(arguments.config, arguments.set)
+        shares = make_checkpoint(
+            config, arguments.target, dtype=arguments.dtype, skew=arguments.skew, seed=arguments.seed
+        )
+    except PoiseError as error:
+        print(f"make_checkpoint: {error}", file=sys.stderr)
+        sys.exit(2)
+    for experts, share_E in shares.items():
+        popular = " ".join(f"{share:.2f}" for share in share_E[:4])
+        print(
+            f"{experts}: share of tokens of the most popular experts {popular}; max/mean {share_E[0] * len(share_E) / sum(share_E):.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
