@@ -26,7 +26,16 @@ class CheckpointError(UsageError):
 
 
 class PromptError(UsageError):
-    """A prompt, or a line of a prompt file, that cannot be used."""
+    """A prompt, or a line of a prompt file, that cannot be used.
+
+    ``index`` is its place among the prompts of the call (from 0) where the error is about one of them; ``reason`` is the
+    message without the place.
+    """
+
+    def __init__(self, reason: str, *, index: int | None = None) -> None:
+        super().__init__(reason if index is None else f"prompt {index}: {reason}")
+        self.reason = reason
+        self.index = index
 
 
 class BudgetError(UsageError):

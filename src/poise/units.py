@@ -46,11 +46,10 @@ def format_bytes(size: float) -> str:
 
 def format_s(seconds: float) -> str:
     """``0.0123`` as ``"12.3 ms"``, ``75`` as ``"1m15s"``."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.3g} us"
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    if seconds < 60:
+    for unit, factor in (("us", 1e-6), ("ms", 1e-3)):
+        if seconds < 999.5 * factor:
+            return f"{seconds / factor:.3g} {unit}"
+    if seconds < 59.95:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

@@ -55,8 +55,7 @@ import importlib, sys
 for name in sys.argv[1:]:
     importlib.import_module(name)
 from transformers import AutoModelForCausalLM, AutoTokenizer
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(sum(int(status[field].split()[0]) * 1024 for field in ("RssAnon", "RssShmem")))
+print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS:")))
 """
 
 Steps = Callable[[str], Callable[[float], None]]
@@ -72,7 +71,9 @@ def run_demo(json_output: bool, checkpoint: Path | None = None) -> None:
     with _steps() as step, tempfile.TemporaryDirectory(prefix="poise-demo-", dir=_directory(source)) as scratch:
         report = _measure(source, Path(scratch), step)
     if json_output:
-        facts = stamp(limits_enforced=report.limits_enforced, limits_missing=report.limits_missing)
+        facts = stamp(
+            limits_enforced=report.limits_enforced, limits_missing=report.limits_missing, environment=_environment()
+        )
         derived = {"speedup": report.speedup, "disk_frac": report.disk_frac, "same_texts": report.same_texts}
         print(json.dumps(document("demo", facts, asdict(report) | derived)))
     else:
@@ -182,9 +183,10 @@ def _run_accelerate(
 
 
 def _base_bytes() -> int:
-    """Memory of its own that a process has after the imports of both contenders, in bytes.
+    """Resident set of a process after the imports of both contenders, in bytes.
 
-    Shared libraries are left out: this child's reading them puts them in the page cache at neither contender's cost.
+    Shared libraries count, although this child's reading them leaves them in the page cache at neither contender's
+    cost. So the limit is looser by their size, which helps the contender that reads through the page cache.
     """
     wanted = ["poise.engine.llm", "accelerate", "transformers.models.qwen3_moe.modeling_qwen3_moe"]
     found = [name for name in wanted if name != "accelerate" or importlib.util.find_spec(name)]
@@ -221,7 +223,9 @@ def _directory(source: Path) -> Path:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    """The same for both contenders. Spinning OpenMP threads, torch's default, lose most of a machine that is not idle."""
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | quiet
 
 
 @contextmanager

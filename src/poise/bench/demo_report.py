@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +38,7 @@ class Contender:
 class DemoReport:
     """The whole demo. ``accelerate`` is None when the baseline has no figures; ``remark`` then says why.
 
-    ``limit_bytes`` is what the kernel allowed each process: ``base_bytes``, its own memory after the imports, and
+    ``limit_bytes`` is what the kernel allowed each process: ``base_bytes``, its resident set after the imports, and
     ``budget_bytes``. ``disk_bytes_per_s`` is what the disk delivered to an independent reader just before.
     """
 
@@ -51,7 +52,7 @@ class DemoReport:
     poise: Contender
     accelerate: Contender | None
     remark: str | None
-    plan: Mapping[str, object]
+    plan: Mapping[str, Any]
     limits_enforced: tuple[str, ...]
     limits_missing: tuple[str, ...]
 
@@ -139,11 +140,11 @@ def _share(report: DemoReport) -> str:
     return f"{report.budget_bytes / report.weights_bytes:.0%}"
 
 
-def _plan_line(plan: Mapping[str, object]) -> str:
-    """The plan as the engine describes it, sizes in units."""
-    facts = []
-    for name, value in plan.items():
-        is_size = name.endswith("_bytes") and isinstance(value, int | float)
-        label = name.removesuffix("_bytes").replace("_", " ")
-        facts.append(f"{label} {format_bytes(float(str(value))) if is_size else value}")
-    return f"The plan: {', '.join(facts)}."
+def _plan_line(plan: Mapping[str, Any]) -> str:
+    """The plan as ``LLM.describe`` gives it."""
+    reads = "direct reads" if plan["direct_io"] else "reads through the page cache"
+    return (
+        f"The plan: {plan['expert_slots']} of {plan['experts']} experts in memory at a time, "
+        f"{format_bytes(plan['expert_bytes'])} each, {reads}; {plan['num_batches']} batches of up to "
+        f"{plan['batch_size']} sequences in lockstep, prompts in chunks of {plan['chunk_tokens']} tokens."
+    )

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,14 +19,14 @@ from pathlib import Path
 import poise
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stamp:
     """Facts about one measurement. ``commit`` is None outside a checkout, ``dirty`` says it had uncommitted changes.
 
-    ``threads`` holds the thread variables that are set, and ``torch`` where the measuring process has torch loaded.
+    ``threads`` holds the thread variables that are set, and ``torch`` where this process measures and has torch loaded.
     """
 
     date: str
@@ -42,8 +42,13 @@ class Stamp:
     limits_missing: tuple[str, ...]
 
 
-def stamp(*, limits_enforced: Sequence[str] = (), limits_missing: Sequence[str] = ()) -> Stamp:
-    """The facts of this machine and this process, now."""
+def stamp(
+    *,
+    limits_enforced: Sequence[str] = (),
+    limits_missing: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Stamp:
+    """The facts of this machine, now. ``environment`` is that of the measured process; None: of this one."""
     commit, dirty = _commit(Path(poise.__file__).parent)
     return Stamp(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -54,7 +59,7 @@ def stamp(*, limits_enforced: Sequence[str] = (), limits_missing: Sequence[str] 
         versions=_versions(),
         commit=commit,
         dirty=dirty,
-        threads=_threads(),
+        threads=_threads(os.environ) if environment is None else _threads(environment),
         limits_enforced=tuple(limits_enforced),
         limits_missing=tuple(limits_missing),
     )
@@ -96,9 +101,9 @@ def _git(directory: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _threads() -> dict[str, int | str]:
-    threads: dict[str, int | str] = {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ}
+def _threads(environment: Mapping[str, str]) -> dict[str, int | str]:
+    threads: dict[str, int | str] = {name: environment[name] for name in _THREAD_VARIABLES if name in environment}
     torch = sys.modules.get("torch")
-    if torch is not None:
+    if torch is not None and environment is os.environ:
         threads["torch"] = int(torch.get_num_threads())
     return threads

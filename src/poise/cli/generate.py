@@ -20,7 +20,7 @@ from poise.cli.output import ResultFile, fingerprint, finished_lines, output_lin
 from poise.cli.prompts import PromptRequest, read_requests
 from poise.engine.request import Progress, RequestOutput
 from poise.engine.sampling import SamplingParams
-from poise.errors import UsageError
+from poise.errors import PromptError, UsageError
 from poise.units import format_bytes, format_s, parse_bytes
 
 if TYPE_CHECKING:
@@ -120,19 +120,31 @@ def _generate(options: GenerateOptions, requests: Sequence[PromptRequest], file:
             with LLM(options.model, memory=options.memory, device=options.device, dtype=options.dtype) as llm:
                 view.bar.clear()
                 _say(_header(llm.describe()))
-                llm.generate(
-                    [requests[index].for_engine() for index in pending],
-                    [requests[index].sampling for index in pending],
-                    on_text=view.on_text if view.streams else None,
-                    on_result=view.on_result,
-                    on_progress=view.on_progress,
-                )
+                try:
+                    llm.generate(
+                        [requests[index].for_engine() for index in pending],
+                        [requests[index].sampling for index in pending],
+                        on_text=view.on_text if view.streams else None,
+                        on_result=view.on_result,
+                        on_progress=view.on_progress,
+                    )
+                except PromptError as error:
+                    raise _placed(error, pending, options.prompt_file) from None
                 stats, plan = _stats(llm), llm.describe()
         finally:
             view.end()
         _say(_summary(stats))
     if options.json_output:
         _print_json(list(file.lines()) if file is not None else view.held(), stats, plan)
+
+
+def _placed(error: PromptError, pending: Sequence[int], source: str | None) -> PromptError:
+    """The engine counts the prompts of its call from 0; people count lines of their file, or arguments, from 1."""
+    if error.index is None:
+        return error
+    number = pending[error.index] + 1
+    place = f"prompt {number}" if source is None else f"{source}, line {number}"
+    return PromptError(f"{place}: {error.reason}")
 
 
 class _View:

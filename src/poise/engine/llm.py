@@ -208,20 +208,21 @@ class LLM:
     def _row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise PromptError(f"prompt {index} is text and the checkpoint has no tokenizer; give prompt_token_ids")
+                raise PromptError("it is text and the checkpoint has no tokenizer; give prompt_token_ids", index=index)
             ids = list(self.tokenizer(prompt)["input_ids"])
         else:
             ids = list(prompt["prompt_token_ids"])
         vocabulary = self.spec.vocabulary
         if not ids:
-            raise PromptError(f"prompt {index} is empty; give at least one token")
+            raise PromptError("it is empty; give at least one token", index=index)
         wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
         if wrong is not None:
-            raise PromptError(f"prompt {index} has token id {wrong}; the model's vocabulary has 0 to {vocabulary - 1}")
+            raise PromptError(f"it has token id {wrong}; the model's vocabulary has 0 to {vocabulary - 1}", index=index)
         if len(ids) + params.max_tokens > self.spec.context_tokens:
             raise PromptError(
-                f"prompt {index} has {len(ids)} tokens and asks for {params.max_tokens} more; the model's context is "
-                f"{self.spec.context_tokens}: shorten the prompt or lower max_tokens"
+                f"it has {len(ids)} tokens and asks for {params.max_tokens} more; the model's context is "
+                f"{self.spec.context_tokens}: shorten the prompt or lower max_tokens",
+                index=index,
             )
         return Row(index, ids, params, self.tokenizer)
 

@@ -90,7 +90,7 @@ class ExpertStore:
     def request(self, layer: int, experts: Iterable[int]) -> None:
         """Says that ``layer`` (position among the MoE layers) needs these experts; reads start at once. Repeats are free."""
         with self._changed:
-            if layer != self._layer:
+            if layer != self._layer or (self._used and not self._wanted):
                 self._finish_layer()
                 self._layer = layer
             for expert in experts:
