@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,15 +32,15 @@ with Limits(memory_bytes=256 << 20) as limits:
 """
 
 
-def missing(**wanted: object) -> tuple[str, ...]:
-    with Limits(**wanted) as limits:  # type: ignore[arg-type]
+def missing(limits: Limits) -> tuple[str, ...]:
+    with limits:
         return limits.missing
 
 
 @pytest.fixture
 def memory() -> cgroup.Hierarchy:
     """The memory controller, where this process may use it."""
-    reasons = missing(memory_bytes=256 * MIB)
+    reasons = missing(Limits(memory_bytes=256 * MIB))
     if reasons:
         pytest.skip(f"not permitted here: {reasons[0]}")
     hierarchy = cgroup.find_hierarchy("memory")
@@ -51,11 +52,18 @@ def groups_of(pid: int, hierarchy: cgroup.Hierarchy) -> list[Path]:
     return list(hierarchy.mount.rglob(f"poise-*-{pid}-*"))
 
 
-def wait_until(condition: object, within_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], within_s: float = 10.0) -> None:
     deadline = time.monotonic() + within_s
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.02)
+
+
+def is_dead(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def start_holder(hierarchy: cgroup.Hierarchy) -> tuple[subprocess.Popen[bytes], Path, int]:
@@ -94,7 +102,7 @@ def test_a_file_larger_than_the_memory_is_read_from_disk_every_time(memory: cgro
 
 
 def test_disk_reads_are_slowed_to_the_limit(tmp_path: Path) -> None:
-    reasons = missing(read_bytes_per_s=64 * MIB, path=tmp_path)
+    reasons = missing(Limits(read_bytes_per_s=64 * MIB, path=tmp_path))
     if reasons:
         pytest.skip(f"not permitted here: {reasons[0]}")
     path = tmp_path / "weights"
@@ -111,14 +119,7 @@ def test_a_child_that_takes_too_long_is_killed_with_its_children() -> None:
         result = limits.run(["sh", "-c", "sleep 60 & echo $!; wait"], timeout_s=0.5)
     assert result.timed_out
     assert result.elapsed_s < 10
-    wait_until(lambda: not Path(f"/proc/{int(result.stdout)}/cmdline").exists() or is_dead(int(result.stdout)))
-
-
-def is_dead(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+    wait_until(lambda: is_dead(int(result.stdout)))
 
 
 def test_ctrl_c_leaves_no_child_and_no_group(memory: cgroup.Hierarchy) -> None:

@@ -47,17 +47,19 @@ _FIO_RUN_S = 2
 def run(output: Path | None, json_output: bool) -> None:
     """`poise bench disk`: measure the disk that holds ``output``, or else the directory for temporary files."""
     directory = Path(tempfile.gettempdir()) if output is None else output
-    with scratch_file(directory, GIB) as path, Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Reading the disk", total=1.0)
-        rates = measure_patterns(
-            path,
-            PATTERNS,
-            rounds=5,
-            round_s=0.2,
-            seed=0,
-            on_progress=lambda frac: progress.update(task, completed=frac),
-        )
-        fio_bytes_per_s = _fio_rate(path)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Writing a scratch file", total=None)
+        with scratch_file(directory, GIB) as path:
+            progress.update(task, description="Reading the disk", total=1.0)
+            rates = measure_patterns(
+                path,
+                PATTERNS,
+                rounds=5,
+                round_s=0.2,
+                seed=0,
+                on_progress=lambda share: progress.update(task, completed=share),
+            )
+            fio_bytes_per_s = _fio_rate(path)
     facts = stamp()
     results = _as_results(rates, fio_bytes_per_s, directory)
     if json_output:

@@ -52,7 +52,7 @@ def make_checkpoint(
 
     Returns the shares reached on the tokens of the adjustment, for each MoE layer's experts by name, most popular first;
     nothing without a skew. Choices that would have to move to meet the target exactly: 0.5 % on those tokens as a rule;
-    on 4,096 other random tokens 1-3 % in tiny models of 17 architectures (FlexOLMo and AFMoE 5-20 %), and 3-15 %,
+    on 4,096 other random tokens 1-3 % in tiny models of 16 architectures (FlexOLMo and AFMoE: 5-20 %), and 3-15 %,
     growing with depth, in a Qwen3-MoE of 8 layers x 64 experts top-8.
 
     Raises UsageError for a dtype or a skew that cannot be; CheckpointError for a configuration that is no causal model,
