@@ -119,7 +119,9 @@ class _Shards:
             write_index(self.directory, dict(zip(files, self.names, strict=True)), self.total_bytes)
 
     def _write(self) -> None:
-        save_file(self.pending, self.directory / f"{len(self.names)}.part", metadata={"format": "pt"})
+        file = self.directory / f"{len(self.names)}.part"
+        save_file(self.pending, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # the library makes files that only their owner can read
         self.names.append(list(self.pending))
         self.pending = {}
 
@@ -130,9 +132,7 @@ class _StreamedModel:
     def __init__(self, model: Any, shards: _Shards) -> None:
         self.model = model
         self._shards = shards
-        name, layers = next(
-            (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
-        )
+        name, layers = next(item for item in model.named_modules() if isinstance(item[1], nn.ModuleList))
         self.layers: dict[str, nn.Module] = {f"{name}.{index}": layer for index, layer in enumerate(layers)}
         for key, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
             if any(part in key for part in model._keep_in_fp32_modules_strict or ()):
@@ -203,8 +203,8 @@ def _make_skewed(streamed: _StreamedModel, skew: float) -> dict[str, list[float]
     return shares
 
 
-class _AtExperts(Exception):  # noqa: N818 - carries the choice (T, K) out of a forward pass that need not go on
-    pass
+class _AtExperts(Exception):  # noqa: N818
+    """Carries the choice (T, K) out of a forward pass that need not go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

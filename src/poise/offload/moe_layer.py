@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from poise.model.experts import expert_forward
+from poise.model.experts import expert_forward, padded_rows
 from poise.model.seam import Parked
 from poise.offload.expert_store import ExpertStore
 
@@ -47,11 +47,18 @@ def run_experts(
     for _ in range(num_active):
         expert, weights = store.take()
         pairs = order_P[begin_of[expert] : ends[expert]]
-        output = expert_forward(module, hidden_TH[pairs // top_k], weights) * weights_P[pairs]
+        rows_TH = hidden_TH[_padded(pairs // top_k, hidden_TH.dtype)]
+        output = expert_forward(module, rows_TH, weights)[: len(pairs)] * weights_P[pairs]
         contributions_PH.index_copy_(0, pairs, output.to(contributions_PH.dtype))
         store.release(expert)
     output_TH = contributions_PH.view(tokens, top_k, -1).sum(dim=1)
     return list(torch.split(output_TH, [len(entry.hidden_TH) for entry in parked]))
+
+
+def _padded(token_P: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tokens of one expert, the first repeated at the end up to a row count that occurs often."""
+    more = padded_rows(len(token_P), dtype) - len(token_P)
+    return torch.nn.functional.pad(token_P, (0, more), value=int(token_P[0])) if more else token_P
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
