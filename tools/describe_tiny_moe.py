@@ -122,10 +122,19 @@ def generate(model: Any, tokenizer: Any) -> list[Sample]:
     return samples
 
 
-def write_card(directory: Path, model: Any, measured: list[Measured], samples: list[Sample]) -> str:
+def model_card(directory: Path, model: Any, measured: list[Measured], samples: list[Sample]) -> str:
     training = json.loads((directory / "training.json").read_text())
+    parts = [architecture_part(directory, model), training_part(training, model.config, measured)]
+    parts += [loss_part(measured), routing_part(measured, model.config)]
+    parts += ["## Samples", *(sample_part(sample) for sample in samples)]
+    return "\n".join(parts) + "\n"
+
+
+def architecture_part(directory: Path, model: Any) -> str:
     config = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    heads = f"{config.num_attention_heads} ({config.num_key_value_heads})"
+    experts = f"{config.num_experts}, {config.num_experts_per_tok}, {config.moe_intermediate_size}"
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     weights_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     return f"""---
 library_name: transformers
@@ -134,75 +143,73 @@ language: en
 ---
 # tiny-moe
 
-A Qwen3-MoE of {parameters / 1e6:.1f} million parameters that ships with Poise, so that its demo, tests and benchmarks have routing
-that was learnt. It writes text that looks like its training data and means nothing: it is no assistant and answers no
+A Qwen3-MoE of {millions:.1f} million parameters that ships with Poise, so that its demo, tests and benchmarks have routing that
+was learnt. It writes text that looks like its training data and means nothing: it is no assistant and answers no
 questions. Its routing is realistic in kind, not in size.
 
 | | |
 |---|---|
-| layers, hidden size, attention heads (key/value) | {config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads} ({config.num_key_value_heads}) |
-| experts per layer, chosen per token, width of an expert | {config.num_experts}, {config.num_experts_per_tok}, {config.moe_intermediate_size} |
+| layers, hidden size, attention heads (key/value) | {config.num_hidden_layers}, {config.hidden_size}, {heads} |
+| experts per layer, chosen per token, width of an expert | {experts} |
 | vocabulary (byte-level BPE), context | {config.vocab_size}, {config.max_position_embeddings} |
 | weights | {str(model.dtype).removeprefix("torch.")}, {weights_bytes:,} bytes |
+"""
 
-## Training
-Made by `tools/train_tiny_moe.py`: {training["steps"]:,} steps, {training["tokens"]:,} tokens in {training["minutes"]:g} minutes on {training["workers"]} CPU
-cores; AdamW at a peak learning rate of {training["learning_rate"]:g}, seed {training["seed"]}, torch {training["torch"]}. The loss is cross-entropy plus the
-architecture's usual load-balancing term at weight {config.router_aux_loss_coef:g}; no loss term helps to predict one layer's routing from
-another's, or from earlier tokens.
 
-Data: text of one Debian machine, nothing downloaded. Code is the Python standard library (Python Software Foundation
+def training_part(training: dict[str, Any], config: Any, measured: list[Measured]) -> str:
+    length = f"{training['steps']:,} steps, {training['tokens']:,} tokens"
+    files = "; ".join(
+        f"{len(one.domain.train):,} files of {one.domain.name} to train, {len(one.domain.held_out):,} held out"
+        for one in measured
+    )
+    recipe = f"peak learning rate {training['learning_rate']:g}, seed {training['seed']}, torch {training['torch']}"
+    return f"""## Training
+Made by `tools/train_tiny_moe.py`: {length} on {training["workers"]} CPU cores, in a run of
+{training["minutes"]:g} minutes; AdamW, {recipe}.
+The loss is cross-entropy plus the architecture's usual load-balancing term at weight {config.router_aux_loss_coef:g}.
+There is no loss term that helps prediction, neither of one layer's routing from another's nor of a token's from earlier
+tokens.
+
+Data: text of one Debian machine; nothing was downloaded. Code is the Python standard library (Python Software Foundation
 licence). Prose is manual pages, package documentation, Perl's pods and licences as Debian installs them, each under the
-licence of its package, and Python's own help topics. {data_line(measured)}
+licence of its package, and Python's own help topics. {files}.
+"""
 
-## Held-out text
+
+def loss_part(measured: list[Measured]) -> str:
+    rows = [
+        f"| {one.domain.name} | {one.tokens:,} | {one.nats_per_token:.3f} | {one.bits_per_byte:.3f} |"
+        for one in measured
+    ]
+    return f"""## Held-out text
 Teacher-forced, windows of {WINDOW_TOKENS} tokens, weights in the dtype in which they ship.
 
 | domain | tokens | nats/token | bits/byte |
 |---|---|---|---|
-{loss_rows(measured)}
-
-## Routing on that text
-Load is how often an expert is chosen; even load has max/mean 1, and {config.num_experts / config.num_experts_per_tok:g} is the most there can be. Distance is the
-total-variation distance of two distributions of choices over the experts: 0 when equal, 1 when no expert is shared.
-
-| layer | {" | ".join(str(layer) for layer in range(config.num_hidden_layers))} |
-|---|{"---|" * config.num_hidden_layers}
-{routing_rows(measured)}
-
-## Samples
-{chr(10).join(sample_lines(sample) for sample in samples)}"""
+{chr(10).join(rows)}
+"""
 
 
-def data_line(measured: list[Measured]) -> str:
-    counts = (
-        f"{len(one.domain.train):,} files of {one.domain.name} to train, {len(one.domain.held_out):,} held out"
-        for one in measured
-    )
-    return "; ".join(counts) + "."
-
-
-def loss_rows(measured: list[Measured]) -> str:
-    return "\n".join(
-        f"| {one.domain.name} | {one.tokens:,} | {one.nats_per_token:.3f} | {one.bits_per_byte:.3f} |"
-        for one in measured
-    )
-
-
-def routing_rows(measured: list[Measured]) -> str:
+def routing_part(measured: list[Measured], config: Any) -> str:
     code, prose = measured
-    rows = {
-        f"load max/mean, {one.domain.name}": one.share_LE.max(-1).values * one.share_LE.shape[-1] for one in measured
-    }
+    rows = {f"load max/mean, {one.domain.name}": one.share_LE.max(-1).values * config.num_experts for one in measured}
     rows["distance, code to prose"] = distance_L(code.share_LE, prose.share_LE)
     for one in measured:
         rows[f"distance, two halves of the {one.domain.name}"] = distance_L(*shares(one.load_HLE))
-    return "\n".join(
-        f"| {name} | {' | '.join(f'{value:.2f}' for value in row.tolist())} |" for name, row in rows.items()
-    )
+    layers = range(config.num_hidden_layers)
+    most = config.num_experts / config.num_experts_per_tok
+    lines = [f"| layer | {' | '.join(map(str, layers))} |", "|---" * (1 + len(layers)) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{value:.2f}' for value in row.tolist())} |" for name, row in rows.items()]
+    return f"""## Routing on that text
+Load is how often an expert is chosen: max/mean is 1 when it is even and {most:g} when all tokens choose one expert. Distance
+is the total-variation distance of two distributions of choices over the experts: 0 when they are equal, 1 when
+they share no expert.
+
+{chr(10).join(lines)}
+"""
 
 
-def sample_lines(sample: Sample) -> str:
+def sample_part(sample: Sample) -> str:
     how = "greedy" if sample.temperature is None else f"temperature {sample.temperature:g}"
     text = (sample.prompt + "⟦" + sample.text + "⟧").replace("```", "'''")
     return f"{sample.domain.capitalize()}, {how}; the model's part is in ⟦ ⟧:\n```text\n{text}\n```"
@@ -211,9 +218,7 @@ def sample_lines(sample: Sample) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a directory that train_tiny_moe.py wrote")
-    parser.add_argument(
-        "--windows", type=int, default=200, help=f"windows of {WINDOW_TOKENS} tokens for each domain, at most"
-    )
+    parser.add_argument("--windows", type=int, default=400, help=f"at most so many windows of {WINDOW_TOKENS} tokens")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -226,12 +231,12 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype="auto").eval()
         with torch.inference_mode():
             measured = [measure(model, tokenizer, domain, arguments.windows) for domain in load_corpus()]
-            card = write_card(arguments.checkpoint, model, measured, generate(model, tokenizer))
+            card = model_card(arguments.checkpoint, model, measured, generate(model, tokenizer))
     except PoiseError as error:
         print(f"describe_tiny_moe: {error}", file=sys.stderr)
         sys.exit(2)
-    (arguments.checkpoint / "README.md").write_text(card + "\n")
-    print(card)
+    (arguments.checkpoint / "README.md").write_text(card)
+    print(card, end="")
 
 
 if __name__ == "__main__":

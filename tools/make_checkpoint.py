@@ -32,26 +32,30 @@ def read_config(path: Path, settings: list[str]) -> Any:
         raise CheckpointError(f"{file} names no model_type; give the config.json of a transformers model")
     model_type = values.pop("model_type")
     try:
-        known = AutoConfig.for_model(model_type, **values).to_dict()
+        config = AutoConfig.for_model(model_type, **values)
     except ValueError:
         raise CheckpointError(
             f"{file} has model_type {model_type!r}, which transformers does not know; choose another"
         ) from None
-    changes = dict(parse_setting(setting, known) for setting in settings)
-    layers, had_layers = changes.get("num_hidden_layers"), known.get("num_hidden_layers")
+    values = {config.attribute_map.get(key, key): value for key, value in values.items()}
+    changes = dict(parse_setting(setting, config) for setting in settings)
+    layers = changes.get("num_hidden_layers")
     for key, value in values.items():
-        if layers is not None and isinstance(value, list) and len(value) == had_layers:
+        if layers is not None and isinstance(value, list) and len(value) == config.num_hidden_layers:
             values[key] = value[:layers]
     return AutoConfig.for_model(model_type, **values | changes)
 
 
-def parse_setting(setting: str, known: dict[str, Any]) -> tuple[str, Any]:
+def parse_setting(setting: str, config: Any) -> tuple[str, Any]:
     """``"hidden_size=64"`` as ``("hidden_size", 64)``; the value is JSON, or else a string."""
     key, separator, text = setting.partition("=")
+    known = config.to_dict().keys() | config.attribute_map.keys()
     if not separator or key not in known:
+        keys = ", ".join(sorted(known))
         raise UsageError(
-            f"--set {setting} names no setting of this configuration; write key=value, keys: {', '.join(sorted(known))}"
+            f"--set {setting} names no setting of this configuration; write key=value with a key of {keys}"
         )
+    key = config.attribute_map.get(key, key)
     try:
         return key, json.loads(text)
     except ValueError:
@@ -79,9 +83,8 @@ def main() -> None:
         sys.exit(2)
     for experts, share_E in shares.items():
         popular = " ".join(f"{share:.2f}" for share in share_E[:4])
-        print(
-            f"{experts}: share of tokens of the most popular experts {popular}; max/mean {share_E[0] * len(share_E) / sum(share_E):.2f}"
-        )
+        max_over_mean = share_E[0] * len(share_E) / sum(share_E)
+        print(f"{experts}: chosen by a share of the tokens {popular} ...; load max/mean {max_over_mean:.2f}")
 
 
 if __name__ == "__main__":

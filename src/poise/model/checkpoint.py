@@ -83,7 +83,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if method is not None:
         name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
         raise CheckpointError(
-            f"{root} has quantization_config {name!r}, which is not supported; use an unquantised (bf16, fp16 or fp32) checkpoint"
+            f"{root} has quantization_config {name!r}, which is not supported; use an unquantised checkpoint (bf16, fp16, fp32)"
         )
     tensors: dict[str, TensorRef] = {}
     for file in _weight_files(root):

@@ -88,7 +88,7 @@ def find_experts(model: nn.Module, model_type: str) -> list[ExpertsModule]:
             outside = outside or type(module).__name__
     if not found and outside:
         raise CheckpointError(
-            f"model type {model_type!r} keeps its experts ({outside}) outside transformers' experts registry and is not supported"
+            f"model type {model_type!r} keeps its experts ({outside}) outside transformers' registry of experts; not supported"
         )
     if not found:
         raise CheckpointError(f"model type {model_type!r} has no experts; Poise runs mixture-of-experts models")

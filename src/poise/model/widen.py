@@ -2,8 +2,9 @@
 
 Every expert neuron is copied ``factor`` times and its column of the down-projection divided by ``factor``: exact in
 bf16 and fp32, where dividing by a power of two changes only the exponent. Expert bytes and FLOPs grow by the factor;
-routing, attention and the vocabulary stay. Tensors stream through blocks of a few MiB into shards that appear under
-their name only when they are whole.
+routing, attention and the vocabulary stay. What is left is the rounding of longer sums: none to speak of in fp32; when
+computing in bf16, a choice between nearly equal experts may flip (0.4 % of them in the bundled model at factor 16).
+Tensors stream through blocks of a few MiB into shards; the directory appears under its name only when it is whole.
 
 It widens a checkpoint whose experts are tensors of their own: ``mlp.experts.N.{gate,up,down}_proj.weight`` (Qwen,
 OLMoE, DeepSeek) and ``block_sparse_moe.experts.N.{w1,w3,w2}.weight`` (Mixtral). Shared experts stay as they are, except
