@@ -25,7 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from poise.errors import CheckpointError, UsageError
 from poise.model.inspect import DTYPES, build_meta_model, find_experts
-from poise.model.widen import MAX_SHARD_BYTES, shard_names, whole_directory, write_index
+from poise.model.new_checkpoint import MAX_SHARD_BYTES, shard_names, whole_directory, write_index
 
 ADJUSTING_ROWS, ADJUSTING_TOKENS = 16, 256
 """Random tokens on which the routers of a skewed model are adjusted."""
