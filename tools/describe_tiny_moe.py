@@ -28,7 +28,7 @@ from poise.errors import CheckpointError, PoiseError
 WINDOW_TOKENS = 512
 PROMPTS = {
     "code": ('def read_lines(path):\n    """', "class Queue:\n    def __init__(self"),
-    "prose": ("DESCRIPTION\n\nThe ", "This program is free software; "),
+    "prose": ("DESCRIPTION\n\nThis function returns the number of", "If the file does not exist, "),
 }
 TEMPERATURE = 0.7
 SAMPLE_TOKENS = 96
