@@ -34,7 +34,7 @@ from poise.units import GIB, KIB, MIB, format_bytes
 
 NAME = "reader"
 EXPERT_BYTES = (64 * KIB, 256 * KIB, MIB, 3 * MIB, 9 * MIB, 16 * MIB)
-SLOTS = 4
+SLOTS = 16
 READER_THREADS = 2
 ROUNDS = 5
 ROUND_BYTES = 512 * MIB
@@ -87,7 +87,8 @@ def run(output: Path | None, json_output: bool) -> None:
 def measure(path: Path, expert_bytes: int, *, rounds: int, round_bytes: int) -> ReaderRate:
     """The store's and the yardstick's rates for experts of one size, in alternating rounds.
 
-    The yardstick is the better of one and two threads with blocks of an expert's size, in order.
+    The yardstick is the better of one and two threads with blocks of an expert's size, in order, into as much memory as
+    the store has.
     """
     sources_LE = _lay_out(path, expert_bytes, min(round_bytes, path.stat().st_size - FIRST_BYTE))
     slot_bytes = slot_bytes_for(sources_LE)
@@ -100,7 +101,10 @@ def measure(path: Path, expert_bytes: int, *, rounds: int, round_bytes: int) -> 
         convert=lambda source, raw: {},
     )
     block = -(-expert_bytes // 4096) * 4096
-    patterns = [ReadPattern(order="sequential", block_bytes=block, threads=threads) for threads in (1, 2)]
+    patterns = [
+        ReadPattern(order="sequential", block_bytes=block, threads=threads, buffers=SLOTS // threads)
+        for threads in (1, 2)
+    ]
     ours: list[float] = []
     disk: list[float] = []
     try:
