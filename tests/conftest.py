@@ -25,6 +25,7 @@ from poise.offload.weights import converter_for, slot_bytes_for
 
 MakeCheckpoint = Callable[..., Path]
 OpenRunner = Callable[..., Runner]
+Reference = Callable[..., Any]
 DrawPrompts = Callable[..., list[list[int]]]
 
 VOCABULARY = 128
@@ -86,7 +87,10 @@ _GPT_OSS_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", _EXPERTS_4),
     "mixtral_sliding": ("MixtralConfig", {**_EXPERTS_4, "sliding_window": 8}),
-    "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS_8, "head_dim": 16, "moe_intermediate_size": 32, "norm_topk_prob": True}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_EXPERTS_8, "head_dim": 16, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
     "olmoe": ("OlmoeConfig", _EXPERTS_8),
     "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK_V3),
     "gpt_oss": (
@@ -159,7 +163,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 
 
 @pytest.fixture(scope="session")
-def reference() -> Callable[..., Any]:
+def reference() -> Reference:
     """``reference(path)``: plain transformers' model of a checkpoint, all in memory."""
     loaded: dict[tuple[Path, torch.dtype | str], Any] = {}
 

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_imports_go_down_only() -> None:
-    result = subprocess.run([str(Path(sys.executable).with_name("lint-imports"))], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports"))], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-2000:]
 
 
@@ -37,5 +39,7 @@ def test_python_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_every_table_of_commands_matches_the_command_line() -> None:
     shown = set(re.findall(r"^\| `poise (\w+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
-    helped = subprocess.run([sys.executable, "-m", "poise", "--help"], capture_output=True, text=True, check=True).stdout
+    helped = subprocess.run(
+        [sys.executable, "-m", "poise", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     assert shown == {command for command in ("demo", "generate", "bench") if command in helped}

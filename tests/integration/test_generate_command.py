@@ -32,7 +32,9 @@ def model(checkpoint: MakeCheckpoint) -> Path:
 def prompts(tmp_path: Path, draw_prompts: DrawPrompts) -> Path:
     path = tmp_path / "prompts.jsonl"
     ids = draw_prompts([4, 19, 7, 30, 1, 12], seed=5)
-    lines = [{"prompt_token_ids": each, "id": f"q{number}", "max_tokens": 4 + number} for number, each in enumerate(ids)]
+    lines = [
+        {"prompt_token_ids": each, "id": f"q{number}", "max_tokens": 4 + number} for number, each in enumerate(ids)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -62,7 +64,9 @@ def test_an_interrupted_run_leaves_no_partial_file_and_resumes_to_the_same_answe
     model: Path, tmp_path: Path, draw_prompts: DrawPrompts
 ) -> None:
     prompts = tmp_path / "many.jsonl"
-    lines = [{"prompt_token_ids": ids, "max_tokens": 8 if n < 20 else 200} for n, ids in enumerate(draw_prompts([9] * 40))]
+    lines = [
+        {"prompt_token_ids": ids, "max_tokens": 8 if n < 20 else 200} for n, ids in enumerate(draw_prompts([9] * 40))
+    ]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     common = ("generate", model, "--prompts", prompts, "--memory", BUDGET, "--ignore-eos")

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from poise.engine.choose import choose_token, make_generator
 from poise.engine.request import Completion, FinishReason
 from poise.engine.runner import ForwardInputs
 from poise.engine.sampling import SamplingParams
 from poise.engine.text import TextStream
+from poise.model.cache import drop_rows
 
 
 class Row:
@@ -56,14 +56,14 @@ class Row:
 
 
 class Batch:
-    """Rows, their cache and their place. ``cache`` is transformers' own, attention and recurrent states alike."""
+    """Rows, their cache and their place. ``cache`` is transformers' own and empty, attention and recurrent states alike."""
 
     def __init__(
-        self, rows: Sequence[Row], *, config: Any, chunk_tokens: int, pad_id: int, device: torch.device
+        self, rows: Sequence[Row], *, cache: Any, chunk_tokens: int, pad_id: int, device: torch.device
     ) -> None:
         self.rows = list(rows)
         self._chunk_tokens = chunk_tokens
-        self._cache = DynamicCache(config=config)
+        self._cache = cache
         self._device = device
         self._seen = 0
         width = max(len(row.prompt_ids) for row in rows)
@@ -118,5 +118,5 @@ class Batch:
         self.rows = [self.rows[place] for place in keep]
         if keep:
             chosen = torch.tensor(keep, device=self._device)
-            self._cache.reorder_cache(chosen)
+            drop_rows(self._cache, chosen, len(self._ids_BT))
             self._ids_BT, self._mask_BT = self._ids_BT[chosen], self._mask_BT[chosen]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -21,9 +23,15 @@ def make_generator(params: SamplingParams) -> torch.Generator | None:
 
 
 def choose_token(logits_V: torch.Tensor, params: SamplingParams, generator: torch.Generator | None) -> int:
-    """One token from the logits of one row, any float dtype."""
+    """One token from the logits of one row, any float dtype. Raises FloatingPointError when they hold NaN or infinity.
+
+    The largest is all that is looked at: a maximum over NaN is NaN. Minus infinity is a token that a model rules out.
+    """
+    best = int(logits_V.argmax())
+    if not math.isfinite(float(logits_V[best])):
+        raise FloatingPointError(f"the largest of the logits is {float(logits_V[best])}")
     if generator is None:
-        return int(logits_V.argmax())
+        return best
     scores = logits_V.float()[None]
     ids = torch.empty(1, 0, dtype=torch.long)
     if params.temperature != 1.0:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
-from poise.units import KIB
+from poise.units import KIB, MIB
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+"""Numbers of malloc.h."""
 
 AUTO_MARGIN_FRAC = 0.1
 """Share of the free memory that an automatic budget leaves alone."""
@@ -42,6 +46,21 @@ def available_bytes() -> int:
 def automatic_budget_bytes() -> int:
     """The budget of ``memory="auto"``: what is available, less a margin."""
     return int(available_bytes() * (1.0 - AUTO_MARGIN_FRAC))
+
+
+def return_freed_memory() -> None:
+    """Has glibc give large blocks back to the system when they are freed, instead of keeping them for later.
+
+    It would otherwise raise its threshold to 32 MiB after the first large block, and what a budget counts once would stay.
+    Does nothing where the C library has no ``mallopt``.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 * MIB)
+    mallopt(_M_TRIM_THRESHOLD, 4 * MIB)
+    mallopt(_M_ARENA_MAX, 1)
 
 
 def _status(field: str) -> int:

@@ -7,41 +7,64 @@ with LLM("path/to/checkpoint", memory="8GiB") as llm:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
 
 from poise.engine.batch import Row
-from poise.engine.footprint import automatic_budget_bytes, peak_resident_bytes, reset_peak, resident_bytes
+from poise.engine.companions import end_tokens, load_tokenizer
+from poise.engine.finite import cause_of_not_finite
+from poise.engine.footprint import (
+    automatic_budget_bytes,
+    peak_resident_bytes,
+    reset_peak,
+    resident_bytes,
+    return_freed_memory,
+)
 from poise.engine.loop import Listeners, Loop, OnLogits, OnProgress, OnText
 from poise.engine.probe import probe
 from poise.engine.request import Progress, Prompt, RequestOutput
 from poise.engine.runner import Runner
 from poise.engine.sampling import SamplingParams
-from poise.errors import BudgetError, PromptError, UsageError
+from poise.errors import BudgetError, CheckpointError, PromptError, UsageError
+from poise.model.cache import needs_whole_prompts
 from poise.model.checkpoint import Checkpoint, open_checkpoint
 from poise.model.dense import dense_nbytes, load_dense, take_out_experts
+from poise.model.hub import find_model
 from poise.model.inspect import build_meta_model, choose_dtype, find_experts, load_config
 from poise.model.layout import CheckpointLayout, find_layout
+from poise.model.quantisation import stated_dtype
 from poise.offload.expert_store import ExpertStore
-from poise.offload.weights import converter_for, slot_bytes_for
+from poise.offload.weights import (
+    converter_for,
+    scratch_bytes_for,
+    slot_bytes_for,
+    staging_bytes_for,
+    unpacked_if_it_fits,
+)
 from poise.plan.memory import OVERHEAD_BYTES, ActivationSpec, MemoryPlan, plan_memory
 from poise.spec.model_spec import ModelSpec
 from poise.units import format_bytes, parse_bytes
 
 READER_THREADS = 2
+COMPILED_KERNELS = 96
+COMPILED_KERNELS_EAGER = 24
+"""What oneDNN and torch's layer above it may keep of the kernels they compile, one per shape, about 0.3 MB each; their own
+limit is 1,024. Where attention is materialised every length of the context is a new shape, of more than 1 MB and used once.
+The limits are read with the first kernel, so they come too late in a process that has computed in bf16 before."""
 
 
 class LLM:
     """A loaded model. ``memory`` bounds everything that is added after the imports: weights, caches, activations.
 
-    ``memory``: a size such as ``"8GiB"`` or bytes; ``"auto"`` is what is free, less a margin. ``dtype``: ``"auto"`` keeps
-    the checkpoint's. ``expert_slots`` caps the experts held in memory below what the budget allows. Raises UsageError
-    (CheckpointError, BudgetError) with one clear line for anything that cannot run.
+    ``model``: a directory, or an id on the Hugging Face hub. ``memory``: a size such as ``"8GiB"`` or bytes; ``"auto"`` is
+    what is free, less a margin. ``dtype``: ``"auto"`` keeps the checkpoint's, or what a quantised one says to run in.
+    ``expert_slots`` caps the experts held in memory below what the budget allows. Raises UsageError (CheckpointError,
+    BudgetError) with one clear line for anything that cannot run.
     """
 
     def __init__(
@@ -55,29 +78,44 @@ class LLM:
     ) -> None:
         self._store: ExpertStore | None = None
         self._device = _device(device)
+        return_freed_memory()
         if expert_slots is not None and expert_slots < 1:
             raise UsageError(f"expert_slots is {expert_slots}; it must be at least 1, or left out")
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(find_model(model))
         config = load_config(checkpoint)
-        self._dtype = choose_dtype(checkpoint, dtype)
+        is_stated = checkpoint.scheme is not None and dtype == "auto"
+        self._dtype = choose_dtype(checkpoint, stated_dtype(checkpoint.config) if is_stated else dtype)
         self._model = build_meta_model(config, self._dtype)
         modules = find_experts(self._model, config.model_type)
         layout = find_layout(checkpoint, self._model, modules, self._dtype)
         take_out_experts(self._model, modules)
+        self._heads = _materialised_heads(self._model.config)
+        kernels = COMPILED_KERNELS_EAGER if self._heads else COMPILED_KERNELS
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, str(kernels))
         self.base_bytes = resident_bytes()
         self._peak_is_ours = reset_peak()
         self.budget_bytes = automatic_budget_bytes() if memory == "auto" else parse_bytes(memory)
+        layout = unpacked_if_it_fits(layout, self.budget_bytes - dense_nbytes(self._model) - OVERHEAD_BYTES)
         self._slot_bytes = slot_bytes_for(layout.experts_LE)
+        self._scratch_bytes = scratch_bytes_for(layout.experts_LE) + staging_bytes_for(
+            layout.experts_LE, READER_THREADS + 1
+        )
+        self._expert_width = max(max(shape) for source in layout.experts_LE[0][:1] for shape in source.shapes.values())
         self._expert_slots = expert_slots
         self._refuse_if_hopeless()
         load_dense(self._model, checkpoint, layout, self._dtype, self._device)
-        self.tokenizer = _tokenizer(checkpoint)
+        self.tokenizer = load_tokenizer(checkpoint)
+        self._eos = end_tokens(checkpoint, config)
         self._store = self._open_store(layout)
-        self._runner = Runner(self._model, modules, self._store)
-        probed = probe(self._model, self._device)
+        try:
+            self._runner = Runner(self._model, modules, self._store)
+            probed = probe(self._model, self._device)
+        except BaseException:
+            self.close()
+            raise
         self._cache = probed.cache
         self.spec = _spec(checkpoint, self._model, layout, probed.top_k, self._dtype)
-        self._eos = _end_tokens(checkpoint, config)
         self._plan: MemoryPlan | None = None
         self._last: Progress | None = None
 
@@ -130,7 +168,8 @@ class LLM:
         ``sampling_params``: one for all, or one per prompt. ``on_text(index, piece)`` streams text, ``on_result`` tells of
         each finished request at once, ``on_progress`` of every pass, ``on_logits(row, logits_V)`` of every choice of a
         token. Raises PromptError for a prompt that is empty or longer than the context, BudgetError when one row does not
-        fit. On an error or Ctrl-C nothing of the call is left behind and the LLM can be used again.
+        fit, CheckpointError when the model's output is not finite. On an error or Ctrl-C nothing of the call is left behind
+        and the LLM can be used again.
         """
         listed: Sequence[Prompt] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
         params = _params_for(listed, sampling_params)
@@ -154,7 +193,10 @@ class LLM:
         pad_id = min(self._eos, default=0)
         loop = Loop(self._runner, plan, rows, eos=self._eos, pad_id=pad_id, device=self._device)
         listeners = Listeners(on_row=finished, on_text=on_text, on_progress=on_progress, on_logits=on_logits)
-        self._last = loop.run(listeners)
+        try:
+            self._last = loop.run(listeners)
+        except FloatingPointError as error:
+            raise CheckpointError(f"{error}: {cause_of_not_finite(self._model, store)}") from None
         return [results[index] for index in range(len(rows))]
 
     @property
@@ -184,7 +226,7 @@ class LLM:
     def _refuse_if_hopeless(self) -> None:
         """Before anything is loaded: the dense part, one expert and the overhead must fit."""
         dense = dense_nbytes(self._model)
-        needed = dense + self._slot_bytes + OVERHEAD_BYTES
+        needed = dense + self._slot_bytes + self._scratch_bytes + OVERHEAD_BYTES
         if needed > self.budget_bytes:
             raise BudgetError(
                 f"a memory budget of {format_bytes(self.budget_bytes)} is too small for this model: its dense weights take "
@@ -227,21 +269,20 @@ class LLM:
         return Row(index, ids, params, self.tokenizer)
 
     def _plan_for(self, rows: Sequence[Row]) -> MemoryPlan:
-        config = self._model.config.get_text_config()
-        heads = 0 if self._model.config._attn_implementation == "sdpa" else config.num_attention_heads
         widths = [parameter.shape[0] for parameter in self._model.parameters() if parameter.dim() == 2]
         wide = [width for width in widths if width != self.spec.vocabulary]
         activation = ActivationSpec(
             hidden=self.spec.hidden,
             width=max(wide, default=self.spec.hidden),
+            expert_width=self._expert_width,
             top_k=self.spec.top_k,
             vocabulary=self.spec.vocabulary,
             itemsize=self._dtype.itemsize,
-            materialised_heads=heads,
+            materialised_heads=self._heads,
         )
         return plan_memory(
             budget_bytes=self.budget_bytes,
-            dense_bytes=self.spec.dense_bytes,
+            dense_bytes=self.spec.dense_bytes + self._scratch_bytes,
             slot_bytes=self._slot_bytes,
             num_experts=sum(self.spec.experts_L),
             cache=self._cache,
@@ -249,30 +290,21 @@ class LLM:
             prompt_tokens=[len(row.prompt_ids) for row in rows],
             total_tokens=[row.total_tokens for row in rows],
             max_slots=self._expert_slots,
+            whole_prompts=needs_whole_prompts(self._model),
         )
+
+
+def _materialised_heads(config: Any) -> int:
+    """Heads whose attention scores are written out: none where SDPA has a fused kernel (keys as wide as values)."""
+    text = config.get_text_config()
+    fused = config._attn_implementation == "sdpa" and getattr(text, "kv_lora_rank", None) is None
+    return 0 if fused else int(text.num_attention_heads)
 
 
 def _device(device: str) -> torch.device:
     if device not in ("auto", "cpu"):
         raise UsageError(f"device {device!r} is not supported yet; experts are streamed to the CPU: give auto or cpu")
     return torch.device("cpu")
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer, or None where it has none (token ids still work)."""
-    if not any(
-        (checkpoint.path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
-        return None
-    return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
-
-
-def _end_tokens(checkpoint: Checkpoint, config: Any) -> frozenset[int]:
-    """End-of-sequence ids from generation_config.json, else config.json."""
-    ids = config.get_text_config().eos_token_id
-    if (checkpoint.path / "generation_config.json").exists():
-        ids = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True).eos_token_id or ids
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 
 def _params_for(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from poise.engine.batch import Batch, Row
 from poise.engine.request import Progress
 from poise.engine.runner import Runner
+from poise.model.cache import make_cache, needs_equal_rows
 from poise.plan.memory import MemoryPlan
 
 OnText = Callable[[int, str], None]
@@ -46,6 +46,7 @@ class Loop:
         self._runner = runner
         self._plan = plan
         self._queue = sorted(rows, key=lambda row: len(row.prompt_ids))
+        self._equal_rows = needs_equal_rows(runner.model)
         self._live: list[Batch] = []
         self._eos = eos
         self._pad_id = pad_id
@@ -74,16 +75,21 @@ class Loop:
         """Queued prompts become new batches, whole batches at a time unless the queue ends or nothing runs."""
         while self._queue:
             free = self._plan.max_rows - sum(len(batch.rows) for batch in self._live)
-            size = min(self._plan.batch_size, len(self._queue))
+            size = self._next_size()
             if free < size or len(self._live) >= 2 * self._plan.num_batches:
                 return
             rows = [self._queue.pop() for _ in range(size)]
             self._prompt_tokens += sum(len(row.prompt_ids) for row in rows)
-            config: Any = self._runner.model.config
+            cache = make_cache(self._runner.model)
             batch = Batch(
-                rows, config=config, chunk_tokens=self._plan.chunk_tokens, pad_id=self._pad_id, device=self._device
+                rows, cache=cache, chunk_tokens=self._plan.chunk_tokens, pad_id=self._pad_id, device=self._device
             )
             self._live.append(batch)
+
+    def _next_size(self) -> int:
+        """How many rows from the end of the queue make the next batch: all of one length where the model asks for it."""
+        candidates = [len(row.prompt_ids) for row in self._queue[-self._plan.batch_size :]]
+        return candidates.count(candidates[-1]) if self._equal_rows else len(candidates)
 
     def _advance(self, batch: Batch, logits_BV: torch.Tensor | None, listeners: Listeners) -> None:
         if logits_BV is not None and listeners.on_logits is not None:

@@ -5,13 +5,12 @@ Two short forwards with experts that answer zero: cache sizes are exact and need
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
+from poise.model.cache import make_cache, tensors_in
 from poise.model.seam import Forward
 from poise.spec.model_spec import CacheSpec
 
@@ -43,7 +42,7 @@ def probe(model: Any, device: torch.device) -> Probed:
 
 
 def _layer_bytes(model: Any, tokens: int, device: torch.device) -> tuple[list[int], int]:
-    cache = DynamicCache(config=model.config)
+    cache = make_cache(model)
     ids = torch.ones((1, tokens), dtype=torch.long, device=device)
     forward = Forward(lambda: model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
     top_k = 0
@@ -54,15 +53,5 @@ def _layer_bytes(model: Any, tokens: int, device: torch.device) -> tuple[list[in
             parked = forward.resume(torch.zeros_like(parked.hidden_TH))
     finally:
         forward.abort()
-    return [sum(tensor.nbytes for tensor in _tensors(vars(layer))) for layer in cache.layers], top_k
-
-
-def _tensors(values: Mapping[str, object]) -> Iterable[torch.Tensor]:
-    """Every tensor in a cache layer's attributes, lists and dicts of tensors included."""
-    for value in values.values():
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from _tensors(value)
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(dict(enumerate(value)))  # type: ignore[arg-type]
+    parts = [vars(cache), *(vars(layer) for layer in cache.layers)]
+    return [sum(tensor.nbytes for tensor in tensors_in(part)) for part in parts], top_k

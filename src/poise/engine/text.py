@@ -34,11 +34,11 @@ class TextStream:
         piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
         before = len(self._text)
         self._text += piece
-        for stop in self._stop:
-            found = self._text.find(stop, max(0, before - len(stop) + 1))
-            if found >= 0:
-                self._text = self._text[:found]
-                self.stopped = True
+        found = [self._text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop]
+        ends = [place for place in found if place >= 0]
+        if ends:
+            self._text = self._text[: min(ends)]
+            self.stopped = True
         return self._show(len(self._text) if self.stopped else len(self._text) - self._held_back())
 
     def finish(self, token_ids: Sequence[int]) -> str:

@@ -10,15 +10,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from poise.errors import CheckpointError
+from poise.model.quantisation import Scheme, read_scheme
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_SHARD = re.compile(r"-\d+-of-(?P<total>\d+)\.safetensors$")
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit."""
 
@@ -56,11 +60,12 @@ class TensorRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A checked directory: parsed ``config.json`` and all tensors by name."""
+    """A checked directory: parsed ``config.json``, all tensors by name, and how they are quantised, if they are."""
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorRef]
+    scheme: Scheme | None = None
 
     @property
     def nbytes(self) -> int:
@@ -71,29 +76,31 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Reads ``config.json`` and every safetensors header of a directory.
 
-    Raises CheckpointError when the path, the configuration or a file is missing, damaged, truncated, or not safetensors.
+    Raises CheckpointError when the path, the configuration or a file is missing, damaged, truncated, or not safetensors,
+    and for a quantisation that Poise does not read.
     """
     root = Path(path)
     if not root.exists():
-        raise CheckpointError(f"no such model directory: {root}; give a folder with config.json and *.safetensors")
+        raise CheckpointError(
+            f"no such model directory: {root}; give a folder with config.json and *.safetensors, or a hub id"
+        )
     if not root.is_dir():
         raise CheckpointError(f"{root} is a file; give the folder that holds config.json and *.safetensors")
     config = _read_json(root / "config.json", "a model directory holds config.json beside its weights")
-    method = config.get("quantization_config")
-    if method is not None:
-        name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
-        raise CheckpointError(
-            f"{root} has quantization_config {name!r}, which is not supported; use an unquantised checkpoint (bf16, fp16, fp32)"
-        )
+    scheme = read_scheme(config, root)
     tensors: dict[str, TensorRef] = {}
-    for file in _weight_files(root):
+    indexed = _read_index(root)
+    for file in _weight_files(root, indexed):
         for tensor in read_header(file):
             if tensor.name in tensors:
                 raise CheckpointError(
                     f"tensor {tensor.name} is in {tensors[tensor.name].file.name} and in {file.name}; keep one"
                 )
             tensors[tensor.name] = tensor
-    return Checkpoint(path=root, config=config, tensors=tensors)
+    for name, shard in indexed.items():
+        if name not in tensors:
+            raise CheckpointError(f"{INDEX_NAME} says that {shard} holds tensor {name}; it does not: fetch both again")
+    return Checkpoint(path=root, config=config, tensors=tensors, scheme=scheme)
 
 
 def _read_json(file: Path, purpose: str) -> dict[str, Any]:
@@ -108,13 +115,23 @@ def _read_json(file: Path, purpose: str) -> dict[str, Any]:
     return value
 
 
-def _weight_files(root: Path) -> list[Path]:
+def _read_index(root: Path) -> Mapping[str, str]:
+    """Which shard holds each tensor, as the index says; empty where there is no index."""
+    if not (root / INDEX_NAME).exists():
+        return {}
+    weight_map = _read_json(root / INDEX_NAME, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{root / INDEX_NAME} has no weight_map; fetch it again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+            raise CheckpointError(f"{root / INDEX_NAME}: {name} is in {shard!r}, which is no file name; fetch it again")
+    return weight_map
+
+
+def _weight_files(root: Path, indexed: Mapping[str, str]) -> list[Path]:
     """The shards of the index, or the single file, or every safetensors file where there is neither."""
-    if (root / INDEX_NAME).exists():
-        weight_map = _read_json(root / INDEX_NAME, "").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{root / INDEX_NAME} has no weight_map; fetch it again")
-        files = [root / name for name in sorted(set(weight_map.values()))]
+    if indexed:
+        files = [root / name for name in sorted(set(indexed.values()))]
         for file in files:
             if not file.exists():
                 raise CheckpointError(f"shard {file.name} named in {INDEX_NAME} is missing from {root}; fetch it again")
@@ -123,12 +140,21 @@ def _weight_files(root: Path) -> list[Path]:
         return [root / SINGLE_NAME]
     files = sorted(root.glob("*.safetensors"))
     if files:
+        _check_numbering(root, files)
         return files
-    if any(root.glob("*.bin")) or any(root.glob("*.pt")) or any(root.glob("*.pth")):
+    if any(any(root.glob(pattern)) for pattern in PICKLES):
         raise CheckpointError(
             f"{root} holds pickled weights only, which can run code; convert them to safetensors first"
         )
     raise CheckpointError(f"{root} holds no *.safetensors file; fetch the weights beside config.json")
+
+
+def _check_numbering(root: Path, files: Sequence[Path]) -> None:
+    """Where there is no index, shards still say in their names how many they are."""
+    numbered = [match for file in files if (match := _SHARD.search(file.name))]
+    wanted = max((int(match["total"]) for match in numbered), default=0)
+    if len(numbered) < wanted:
+        raise CheckpointError(f"{root} holds {len(numbered)} of {wanted} shards and no {INDEX_NAME}; fetch the others")
 
 
 def read_header(file: Path) -> list[TensorRef]:
@@ -145,6 +171,8 @@ def read_header(file: Path) -> list[TensorRef]:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}; check that it is there and readable") from None
     except ValueError:
         raise CheckpointError(f"{damaged}: its header is not JSON; fetch it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{damaged}: its header is a JSON {type(header).__name__}, not an object; fetch it again")
     data_start = 8 + length
     tensors = []
     for name, entry in header.items():
@@ -164,10 +192,12 @@ def read_header(file: Path) -> list[TensorRef]:
 
 def _parse_entry(name: str, entry: Any, file: Path, data_start: int) -> TensorRef | None:
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(int(size) for size in entry["shape"]), entry["data_offsets"]
+        dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         return None
     bits = ITEM_BITS.get(dtype)
-    if bits is None or begin < 0 or end - begin != math.prod(shape) * bits // 8:
+    if bits is None or not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
+        return None
+    if end - begin != math.prod(shape) * bits // 8:
         return None
     return TensorRef(name=name, file=file, dtype=dtype, shape=shape, offset=data_start + begin, nbytes=end - begin)

@@ -18,8 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from poise.errors import CheckpointError, ReadError
 from poise.model.checkpoint import Checkpoint, TensorRef
+from poise.model.dequantise import dequantised
 from poise.model.inspect import ExpertsModule
 from poise.model.layout import CheckpointLayout
+from poise.model.scaled import Stored
 
 _TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -27,6 +29,7 @@ _TORCH_DTYPES = {
     "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I16": torch.int16,
     "U16": torch.uint16,
     "F16": torch.float16,
@@ -48,35 +51,46 @@ def as_tensor(buffer: torch.Tensor, ref: TensorRef) -> torch.Tensor:
     return buffer.view(dtype).view(ref.shape)
 
 
-class _LazyTensor:
-    """Stands for a tensor on disk in the state dict that transformers loads from; reads when sliced with ``[...]``."""
+def read_tensor(ref: TensorRef) -> torch.Tensor:
+    """A tensor from disk in memory of its own; the page cache is left as it was. Raises ReadError."""
+    buffer = torch.empty(ref.nbytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy().data)
+    descriptor = os.open(ref.file, os.O_RDONLY)
+    try:
+        done = 0
+        while done < ref.nbytes:
+            count = os.preadv(descriptor, [view[done:]], ref.offset + done)
+            if count == 0:
+                raise ReadError(f"{ref.file} became shorter while tensor {ref.name} was read")
+            done += count
+        os.posix_fadvise(descriptor, ref.offset, ref.nbytes, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return as_tensor(buffer, ref)
 
-    def __init__(self, ref: TensorRef) -> None:
-        self._ref = ref
-        self.shape = ref.shape
-        self.dtype = _TORCH_DTYPES[ref.dtype]
+
+class _LazyTensor:
+    """Stands for a tensor on disk in the state dict that transformers loads from; reads when sliced with ``[...]``.
+
+    A quantised tensor shows itself, and comes, in ``dtype``.
+    """
+
+    def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
+        self._stored = stored
+        self.shape = stored.shape
+        self.dtype = _TORCH_DTYPES[stored.dtype] if isinstance(stored, TensorRef) else dtype
 
     def get_shape(self) -> list[int]:
-        return list(self._ref.shape)
+        return list(self.shape)
 
     def get_dtype(self) -> str:
-        return self._ref.dtype
+        return next(name for name, dtype in _TORCH_DTYPES.items() if dtype == self.dtype)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        buffer = torch.empty(self._ref.nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy().data)
-        descriptor = os.open(self._ref.file, os.O_RDONLY)
-        try:
-            done = 0
-            while done < self._ref.nbytes:
-                count = os.preadv(descriptor, [view[done:]], self._ref.offset + done)
-                if count == 0:
-                    raise ReadError(f"{self._ref.file} became shorter while tensor {self._ref.name} was read")
-                done += count
-            os.posix_fadvise(descriptor, self._ref.offset, self._ref.nbytes, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-        return as_tensor(buffer, self._ref)[index]
+        if isinstance(self._stored, TensorRef):
+            return read_tensor(self._stored)[index]
+        values, scales = read_tensor(self._stored.values), read_tensor(self._stored.scales)
+        return dequantised(self._stored, values, scales, self.dtype)[index]
 
 
 def take_out_experts(model: nn.Module, modules: Sequence[ExpertsModule]) -> None:
@@ -103,12 +117,16 @@ def load_dense(
         weight_mapping=list(layout.conversions),
         use_safetensors=True,
     )
-    state = {name: _LazyTensor(checkpoint.tensors[name]) for name in layout.dense}
+    state = {name: _LazyTensor(stored, dtype) for name, stored in layout.dense.items()}
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
         info, _ = model._load_pretrained_model(model, state, None, config)
+        for name, found, wanted in sorted(info.mismatched_keys):
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} has shape {list(found)}; config.json asks for {list(wanted)}"
+            )
         info = model._finalize_model_loading(model, config, info)
     except RuntimeError as error:
         raise CheckpointError(

@@ -1,42 +1,55 @@
 """What transformers says a checkpoint is: the model on the meta device, and its experts modules.
 
 No table of architectures: the class, its parameters and its shapes come from transformers' own model, built without
-memory. A class whose experts do not go through transformers' registry of experts functions is refused here.
+memory. A class whose experts neither go through transformers' registry of experts functions nor have a wrapper
+(``model.wrapped_experts``) is refused here.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from poise.errors import CheckpointError
 from poise.model.checkpoint import Checkpoint
+from poise.model.wrapped_experts import wrap_experts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_OF_SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
+_EXPERTS_CLASS = re.compile(r"(Experts|MoE|Moe|MoA)$")
+"""How transformers names a class of experts, or of the block around them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertsModule:
-    """One MoE layer's experts in the model. ``params`` are its parameters with one slice per expert along dim 0."""
+    """One MoE layer's experts in the model. ``params`` are its parameters with one slice per expert along dim 0.
+
+    ``is_flat``: on disk a parameter's experts lie one below the other in one matrix, not stacked along a dimension of their
+    own. ``num_idle``: experts without compute, for which a checkpoint may hold tensors behind those of the real ones.
+    """
 
     name: str
     layer: int
     num_experts: int
     params: tuple[str, ...]
+    is_flat: bool = False
+    num_idle: int = 0
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
     """transformers' configuration object. Raises CheckpointError for a model type it does not know."""
     try:
         return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'} is not one that transformers knows: {reason}"
         ) from None
@@ -58,18 +71,26 @@ def choose_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
 
 
 def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
-    """The causal language model on the meta device: shapes and names, no memory. Raises CheckpointError."""
+    """The causal language model on the meta device: shapes and names, no memory; experts outside the registry wrapped.
+
+    Raises CheckpointError for a model type that is no causal language model.
+    """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except ValueError as error:
         raise CheckpointError(
             f"model type {config.model_type!r} is no causal language model: {str(error)[:120]}"
         ) from None
+    except (RuntimeError, TypeError, AttributeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"config.json describes no model that can be built: {reason}") from None
+    wrap_experts(model)
+    return model
 
 
 def find_experts(model: nn.Module, model_type: str) -> list[ExpertsModule]:
-    """All experts modules that go through transformers' registry, in order of layer.
+    """All experts modules that go through transformers' registry, or through a wrapper, in order of layer.
 
     Raises CheckpointError when there are none: either the model is dense, or its class keeps its experts to itself.
     """
@@ -83,12 +104,22 @@ def find_experts(model: nn.Module, model_type: str) -> list[ExpertsModule]:
                 for key, value in module.named_parameters(recurse=False)
                 if value.dim() and value.shape[0] == num_experts
             )
-            found.append(ExpertsModule(name=name, layer=_layer_id(name), num_experts=num_experts, params=params))
-        elif name.endswith("experts") and "shared" not in name:
+            found.append(
+                ExpertsModule(
+                    name=name,
+                    layer=_layer_id(name),
+                    num_experts=num_experts,
+                    params=params,
+                    is_flat=getattr(module, "is_flat", False),
+                    num_idle=getattr(module, "num_idle", 0),
+                )
+            )
+        elif _EXPERTS_CLASS.search(type(module).__name__):
             outside = outside or type(module).__name__
     if not found and outside:
         raise CheckpointError(
-            f"model type {model_type!r} keeps its experts ({outside}) outside transformers' registry of experts; not supported"
+            f"model type {model_type!r} keeps its experts ({outside}) outside transformers' registry of experts functions; "
+            "not supported: choose one that docs/models.md lists as exact"
         )
     if not found:
         raise CheckpointError(f"model type {model_type!r} has no experts; Poise runs mixture-of-experts models")
@@ -96,7 +127,7 @@ def find_experts(model: nn.Module, model_type: str) -> list[ExpertsModule]:
 
 
 def goes_through_registry(module: nn.Module) -> bool:
-    """Whether transformers' ``use_experts_implementation`` wraps the class: the seam of ``model.seam``."""
+    """Whether ``use_experts_implementation`` of transformers, or a wrapper of Poise, leads the module to ``model.seam``."""
     return all(hasattr(module, mark) for mark in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 from poise.errors import CheckpointError
 from poise.model.checkpoint import Checkpoint, TensorRef
 from poise.model.inspect import DTYPE_OF_SAFETENSORS, ExpertsModule
+from poise.model.scaled import Scaled, Stored, on_disk, slice_of, stored_tensors
 
 Weights = dict[str, tuple[torch.Tensor, ...]]
 """An expert's parameters by name; the parts of one parameter lie below each other along dim 0."""
@@ -40,14 +41,17 @@ class ParamRecipe:
     """
 
     param: str
-    parts: tuple[TensorRef, ...]
+    parts: tuple[Stored, ...]
     patterns: tuple[str, ...] = ()
     converter: WeightConverter | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertSource:
-    """One expert on disk. ``shapes`` are the shapes of its parameters in the model, without the expert dimension."""
+    """One expert on disk. ``shapes`` are the shapes of its parameters in the model, without the expert dimension.
+
+    ``stays_packed``: its bytes, where they are quantised, are kept in memory as they are and made into weights at each use.
+    """
 
     module: str
     layer: int
@@ -55,11 +59,12 @@ class ExpertSource:
     recipes: tuple[ParamRecipe, ...]
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
+    stays_packed: bool = True
 
     @property
     def parts(self) -> tuple[TensorRef, ...]:
         """Every slice of the disk this expert needs, each once."""
-        return tuple(dict.fromkeys(part for recipe in self.recipes for part in recipe.parts))
+        return tuple(dict.fromkeys(ref for recipe in self.recipes for part in recipe.parts for ref in on_disk(part)))
 
     @property
     def nbytes(self) -> int:
@@ -68,21 +73,38 @@ class ExpertSource:
 
     @property
     def is_direct(self) -> bool:
-        """Whether the bytes on disk are the weights, with nothing to convert."""
+        """Whether the bytes on disk are the weights, with nothing to convert, and where a tensor may begin."""
         return all(
             recipe.converter is None
-            and all(DTYPE_OF_SAFETENSORS.get(part.dtype) == self.dtype for part in recipe.parts)
+            and all(
+                isinstance(part, TensorRef)
+                and DTYPE_OF_SAFETENSORS.get(part.dtype) == self.dtype
+                and part.offset % self.dtype.itemsize == 0
+                for part in recipe.parts
+            )
             for recipe in self.recipes
+        )
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the bytes on disk are quantised and become weights part by part, with nothing else to convert."""
+        return all(recipe.converter is None for recipe in self.recipes) and any(
+            isinstance(part, Scaled) for recipe in self.recipes for part in recipe.parts
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointLayout:
-    """``experts_LE[l][e]`` is expert e of the l-th MoE layer; ``dense`` are the names of all other tensors."""
+    """``experts_LE[l][e]`` is expert e of the l-th MoE layer; ``dense`` are all other tensors by name."""
 
     experts_LE: tuple[tuple[ExpertSource, ...], ...]
-    dense: tuple[str, ...]
+    dense: Mapping[str, Stored]
     conversions: tuple[Any, ...]
+
+    def unpacked(self) -> CheckpointLayout:
+        """The same experts, made into weights once, when they arrive in memory."""
+        rows = (tuple(replace(source, stays_packed=False) for source in row) for row in self.experts_LE)
+        return replace(self, experts_LE=tuple(rows))
 
 
 @dataclass(slots=True)
@@ -90,7 +112,7 @@ class _Collected:
     """The checkpoint tensors that flow into one parameter, by source pattern, in natural order."""
 
     converter: WeightConverter | None
-    by_pattern: dict[str, list[TensorRef]]
+    by_pattern: dict[str, list[Stored]]
 
 
 def find_layout(
@@ -107,22 +129,23 @@ def find_layout(
     state = model.state_dict()
     expert_params = {f"{module.name}.{param}" for module in modules for param in module.params}
     collected: dict[str, _Collected] = {}
-    dense: list[str] = []
-    for name in sorted(checkpoint.tensors, key=dot_natural_key):
+    dense: dict[str, Stored] = {}
+    tensors = stored_tensors(checkpoint)
+    for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
             target, pattern = name, None
         if target not in expert_params:
-            dense.append(name)
+            dense[name] = tensors[name]
             continue
         converter = by_source[pattern] if pattern is not None else None
         entry = collected.setdefault(target, _Collected(converter=converter, by_pattern={}))
-        entry.by_pattern.setdefault(pattern or name, []).append(checkpoint.tensors[name])
+        entry.by_pattern.setdefault(pattern or name, []).append(tensors[name])
     experts_LE = tuple(
         tuple(_expert_source(module, expert, collected, state, dtype) for expert in range(module.num_experts))
         for module in modules
     )
-    return CheckpointLayout(experts_LE=experts_LE, dense=tuple(dense), conversions=conversions)
+    return CheckpointLayout(experts_LE=experts_LE, dense=dense, conversions=conversions)
 
 
 def _expert_source(
@@ -166,7 +189,7 @@ def _filled_by(param: str, entry: _Collected, module: ExpertsModule) -> set[str]
 
 def _recipe(param: str, entry: _Collected, module: ExpertsModule, expert: int) -> ParamRecipe:
     patterns = list(entry.by_pattern) if entry.converter is None else entry.converter.source_patterns
-    parts: list[TensorRef] = []
+    parts: list[Stored] = []
     named: list[str] = []
     for pattern in patterns:
         if pattern in entry.by_pattern:
@@ -187,34 +210,37 @@ def _only_stacks(converter: WeightConverter) -> bool:
     )
 
 
-def _slice_of(refs: list[TensorRef], module: ExpertsModule, param: str, expert: int) -> TensorRef:
+def _slice_of(stored: list[Stored], module: ExpertsModule, param: str, expert: int) -> Stored:
     """The part of one source that belongs to one expert: a tensor of its own, or a slice of a fused one."""
-    if len(refs) == module.num_experts and len(refs) > 1:
-        return refs[expert]
-    fused = refs[0]
-    if len(refs) != 1 or not fused.shape or fused.shape[0] != module.num_experts:
-        if len(refs) > 1:
+    stored = _of_real_experts(stored, module)
+    if len(stored) == module.num_experts and len(stored) > 1:
+        return stored[expert]
+    fused = stored[0]
+    if len(stored) != 1 or not fused.shape or fused.shape[0] != module.num_experts:
+        if len(stored) > 1:
             raise CheckpointError(
-                f"{module.name}.{param}: {len(refs)} experts on disk, {module.num_experts} in config.json; they must agree"
+                f"{module.name}.{param}: {len(stored)} experts on disk, {module.num_experts} in config.json; they must agree"
             )
         raise CheckpointError(
             f"tensor {fused.name} has shape {list(fused.shape)}; config.json asks for {module.num_experts} experts along dim 0"
         )
-    nbytes = fused.nbytes // module.num_experts
-    return TensorRef(
-        name=f"{fused.name}[{expert}]",
-        file=fused.file,
-        dtype=fused.dtype,
-        shape=fused.shape[1:],
-        offset=fused.offset + expert * nbytes,
-        nbytes=nbytes,
-    )
+    return slice_of(fused, expert)
+
+
+def _of_real_experts(stored: list[Stored], module: ExpertsModule) -> list[Stored]:
+    """The tensors without those of idle experts (LongCat), and a flat matrix seen as stacked experts (DBRX)."""
+    if module.num_idle and len(stored) == module.num_experts + module.num_idle:
+        return stored[: module.num_experts]
+    flat = stored[0]
+    if module.is_flat and isinstance(flat, TensorRef) and flat.shape and flat.shape[0] % module.num_experts == 0:
+        rows, *rest = flat.shape
+        return [replace(flat, shape=(module.num_experts, rows // module.num_experts, *rest))]
+    return stored
 
 
 def _check_shape(recipe: ParamRecipe, shape: tuple[int, ...]) -> None:
-    rows = sum(part.shape[0] for part in recipe.parts)
-    rest = {part.shape[1:] for part in recipe.parts}
-    if rows != shape[0] or rest != {shape[1:]}:
+    rows = sum(part.shape[0] for part in recipe.parts if part.shape)
+    if rows != shape[0] or {part.shape for part in recipe.parts} != {(rows // len(recipe.parts), *shape[1:])}:
         found = " and ".join(f"{part.name} {list(part.shape)}" for part in recipe.parts)
         raise CheckpointError(
             f"{found}: config.json asks for {list(shape)} in all; the checkpoint and its config.json do not match"
@@ -222,9 +248,9 @@ def _check_shape(recipe: ParamRecipe, shape: tuple[int, ...]) -> None:
 
 
 def convert_expert(
-    source: ExpertSource, raw: Mapping[TensorRef, torch.Tensor], model: Any, config: Any
+    source: ExpertSource, raw: Mapping[Stored, torch.Tensor], model: Any, config: Any
 ) -> dict[str, torch.Tensor]:
-    """Runs the conversions of one expert. ``raw`` holds the parts, shaped as on disk.
+    """Runs the conversions of one expert. ``raw`` holds the parts, dequantised.
 
     Returns every parameter in the model's shape and dtype.
     """

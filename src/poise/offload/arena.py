@@ -44,9 +44,7 @@ class Arena:
         begin = slot * self.slot_bytes + offset
         return self._bytes[begin : begin + nbytes]
 
-    def give_back(self, slot: int) -> None:
-        """Returns a slot's whole huge pages to the system; its content is lost."""
-        begin = -(-(self._begin + slot * self.slot_bytes) // HUGE_PAGE) * HUGE_PAGE
-        end = (self._begin + (slot + 1) * self.slot_bytes) // HUGE_PAGE * HUGE_PAGE
-        if end > begin:
-            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+    def give_back_behind(self, slot: int) -> None:
+        """Returns the memory of ``slot`` and of all behind it to the system; their content is lost."""
+        begin = -(-(self._begin + slot * self.slot_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, begin, len(self._map) - begin)

@@ -7,9 +7,10 @@ than it can do at once, so that a late demand never stands behind a row of guess
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from poise.offload.arena import Arena
 from poise.offload.read_plan import ReadPlan, plan_reads
 from poise.offload.reader import Reader
 from poise.offload.slots import Key, Slots, State
-from poise.offload.weights import Convert, weights_in_slot
+from poise.offload.weights import Convert, Packed, scratch_bytes_for, stays_as_read, unpack, weights_in_slot
 from poise.plan.residency import expected_distance_LE, updated_probability_E
 
 PROBABILITY_WEIGHT = 0.2
@@ -65,10 +66,13 @@ class ExpertStore:
         self._absent_LE = np.array([[e < len(row) for e in range(max(map(len, sources_LE)))] for row in sources_LE])
         self._idle_LE = np.zeros_like(self._absent_LE)
         self._changed = threading.Condition()
+        self._converting = threading.Lock()
         self._pending: deque[Key] = deque()
         self._wanted: set[Key] = set()
         self._under_way = 0
-        self._weights: dict[Key, Weights] = {}
+        self._weights: dict[Key, Weights | Packed] = {}
+        scratch_bytes = scratch_bytes_for(sources_LE)
+        self._scratch = Arena(1, scratch_bytes) if scratch_bytes else None
         self._error: Exception | None = None
         self._layer = len(sources_LE) - 1
         self._used: set[int] = set()
@@ -114,7 +118,8 @@ class ExpertStore:
     def take(self) -> tuple[int, Weights]:
         """The next expert that was asked for and is in memory, in use from now on: residents first, then as they arrive.
 
-        Blocks until one is there. Raises ReadError when the disk fails.
+        Blocks until one is there. The weights of a quantised expert hold until the next call. Raises ReadError when the
+        disk fails.
         """
         with self._changed:
             while not self._there:
@@ -124,7 +129,8 @@ class ExpertStore:
                 self._changed.wait()
             key = self._there.popleft()
             self._slots.acquire(key)
-            return key[1], self._weights[key]
+            held = self._weights[key]
+        return key[1], self._usable(held)
 
     def release(self, expert: int) -> None:
         """The expert of the layer at hand has computed for everyone; it may be evicted."""
@@ -143,8 +149,8 @@ class ExpertStore:
             for key in sorted(self._slots.keys(State.READY), key=self._slots.slot, reverse=True):
                 if self._slots.slot(key) >= num_slots:
                     self._evict(key)
-            for slot in self._slots.shrink(num_slots):
-                self._arena.give_back(slot)
+            if self._slots.shrink(num_slots):
+                self._arena.give_back_behind(self._slots.num_slots)
             self._slots.grow(num_slots)
 
     def abandon(self) -> None:
@@ -160,6 +166,12 @@ class ExpertStore:
             self._there.clear()
             self._used.clear()
             self._error = None
+
+    def residents(self) -> Iterator[tuple[ExpertSource, Weights]]:
+        """Every expert in memory and its weights, one after the other; between passes only, with nothing asked for."""
+        self.abandon()
+        for key, held in list(self._weights.items()):
+            yield self._source(key), self._usable(held)
 
     def close(self) -> None:
         """Ends the reader threads."""
@@ -237,7 +249,7 @@ class ExpertStore:
         self._under_way += 1
         self.counters.reads += 1
         self.counters.bytes_read += plan.nbytes
-        staging = None if source.is_direct else Arena(1, plan.nbytes)
+        staging = None if stays_as_read(source) else Arena(1, plan.nbytes)
         into, index = (self._arena, slot) if staging is None else (staging, 0)
         reads = [
             (
@@ -252,10 +264,11 @@ class ExpertStore:
 
     def _arrived(self, key: Key, slot: int, plan: ReadPlan, staging: Arena | None, error: Exception | None) -> None:
         """On a reader thread: turns bytes into weights and wakes the compute thread."""
-        weights: Weights = {}
+        weights: Weights | Packed = {}
         if error is None:
             try:
-                weights = weights_in_slot(self._arena, slot, self._source(key), plan, staging, self._convert)
+                with contextlib.nullcontext() if staging is None else self._converting:
+                    weights = weights_in_slot(self._arena, slot, self._source(key), plan, staging, self._convert)
             except Exception as failure:  # noqa: BLE001 - carried to the compute thread, raised by take()
                 error = failure
         with self._changed:
@@ -274,6 +287,12 @@ class ExpertStore:
                 self._ahead.discard(key)
                 self._error = error
             self._changed.notify_all()
+
+    def _usable(self, held: Weights | Packed) -> Weights:
+        if not isinstance(held, Packed):
+            return held
+        assert self._scratch is not None, "quantised experts need a scratch area"
+        return unpack(held, self._scratch, 0)
 
     def _source(self, key: Key) -> ExpertSource:
         return self._sources_LE[key[0]][key[1]]

@@ -13,6 +13,7 @@ import torch
 from poise.model.experts import expert_forward, padded_rows
 from poise.model.seam import Parked
 from poise.offload.expert_store import ExpertStore
+from poise.plan.memory import MAX_EXPERT_ROWS
 
 
 def chosen_experts(parked: Parked, real_T: torch.Tensor | None) -> list[int]:
@@ -46,19 +47,19 @@ def run_experts(
     weights_P = weights_TK.reshape(-1, 1)
     for _ in range(num_active):
         expert, weights = store.take()
-        pairs = order_P[begin_of[expert] : ends[expert]]
-        rows_TH = hidden_TH[_padded(pairs // top_k, hidden_TH.dtype)]
-        output = expert_forward(module, rows_TH, weights)[: len(pairs)] * weights_P[pairs]
-        contributions_PH.index_copy_(0, pairs, output.to(contributions_PH.dtype))
+        for pairs in torch.split(order_P[begin_of[expert] : ends[expert]], MAX_EXPERT_ROWS):
+            padded = _padded(pairs, hidden_TH.dtype)
+            output = expert_forward(module, hidden_TH[padded // top_k], weights, weights_P[padded])[: len(pairs)]
+            contributions_PH.index_copy_(0, pairs, output.to(contributions_PH.dtype))
         store.release(expert)
     output_TH = contributions_PH.view(tokens, top_k, -1).sum(dim=1)
     return list(torch.split(output_TH, [len(entry.hidden_TH) for entry in parked]))
 
 
-def _padded(token_P: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tokens of one expert, the first repeated at the end up to a row count that occurs often."""
-    more = padded_rows(len(token_P), dtype) - len(token_P)
-    return torch.nn.functional.pad(token_P, (0, more), value=int(token_P[0])) if more else token_P
+def _padded(pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The choices of one expert, the first repeated at the end up to a row count that occurs often."""
+    more = padded_rows(len(pairs), dtype) - len(pairs)
+    return torch.nn.functional.pad(pairs, (0, more), value=int(pairs[0])) if more else pairs
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

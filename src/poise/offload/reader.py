@@ -7,6 +7,7 @@ compute. The caller bounds how many jobs are under way; jobs are done in the ord
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import queue
@@ -90,11 +91,17 @@ class Reader:
             try:
                 count = os.preadv(descriptor, [memory[done:]], offset + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct:
+                if error.errno != errno.EINVAL or not _end_direct(descriptor):
                     raise ReadError(f"reading {file} at byte {offset + done} failed: {error.strerror}") from None
                 self._use_buffered(file)
-                descriptor = self._descriptors[file] = os.open(file, os.O_RDONLY)
                 continue
             if count == 0:
                 raise ReadError(f"{file} became shorter than its header says while it was being read")
             done += count
+
+
+def _end_direct(descriptor: int) -> bool:
+    """Turns ``O_DIRECT`` off for an open file; False when it was off."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    return bool(flags & os.O_DIRECT)

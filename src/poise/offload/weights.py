@@ -1,34 +1,74 @@
 """From the bytes in a slot to the weights an expert computes with.
 
-Where the bytes on disk are the weights, tensors are laid over the slot and nothing is copied. Otherwise (another dtype, a
-layout that transformers converts) the bytes were read into a staging area and the converted tensors go into the slot.
+Where the bytes on disk are the weights, tensors are laid over the slot and nothing is copied. Quantised bytes may stay in
+the slot as they are, so that more experts stay in memory, and become weights in a scratch area at each use. Otherwise
+(another dtype, a layout that transformers converts) the bytes were read into a staging area and weights go into the slot.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from poise.model.checkpoint import TensorRef
 from poise.model.dense import as_tensor
-from poise.model.layout import ExpertSource, Weights, convert_expert
+from poise.model.dequantise import dequantise_into, dequantised, rows_shape
+from poise.model.layout import CheckpointLayout, ExpertSource, Weights, convert_expert
+from poise.model.scaled import Scaled, Stored
 from poise.offload.arena import Arena
 from poise.offload.read_plan import ReadPlan, plan_reads
 
 TENSOR_ALIGNMENT = 64
+WEIGHTS_FRAC = 0.75
+"""Share of the room that experts may take as weights; the rest is for caches. Beyond it they stay quantised."""
 
-Convert = Callable[[ExpertSource, dict[TensorRef, torch.Tensor]], dict[str, torch.Tensor]]
-"""One expert's parts, shaped as on disk, to its parameters, shaped as in the model."""
+Convert = Callable[[ExpertSource, dict[Stored, torch.Tensor]], dict[str, torch.Tensor]]
+"""One expert's parts, dequantised, to its parameters, shaped as in the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """A quantised expert as it was read. ``raw``: every piece of it, shaped as on disk, sharing the memory read into."""
+
+    source: ExpertSource
+    raw: dict[TensorRef, torch.Tensor]
+
+
+def stays_as_read(source: ExpertSource) -> bool:
+    """Whether an expert's bytes are read into its slot and left there as they are."""
+    return source.is_direct or (source.is_quantised and source.stays_packed)
+
+
+def unpacked_if_it_fits(layout: CheckpointLayout, room_bytes: int) -> CheckpointLayout:
+    """Quantised experts made weights once, on arrival, where memory holds all of them so; else kept as they were read."""
+    weights = sum(converted_nbytes(source) for row in layout.experts_LE for source in row)
+    return layout.unpacked() if weights <= WEIGHTS_FRAC * room_bytes else layout
 
 
 def slot_bytes_for(sources_LE: Sequence[Sequence[ExpertSource]]) -> int:
     """Bytes a slot needs so that every expert fits."""
     return max(
-        plan_reads(source.parts).nbytes if source.is_direct else converted_nbytes(source)
+        plan_reads(source.parts).nbytes if stays_as_read(source) else converted_nbytes(source)
         for row in sources_LE
         for source in row
+    )
+
+
+def scratch_bytes_for(sources_LE: Sequence[Sequence[ExpertSource]]) -> int:
+    """Bytes of memory, besides the slots, in which packed experts become weights; 0 where there are none."""
+    packed = (source for row in sources_LE for source in row if stays_as_read(source) and not source.is_direct)
+    return max(map(converted_nbytes, packed), default=0)
+
+
+def staging_bytes_for(sources_LE: Sequence[Sequence[ExpertSource]], under_way: int) -> int:
+    """Bytes, besides the slots, of ``under_way`` experts that are read to be converted, one at a time; 0 where none is."""
+    sources = [source for row in sources_LE for source in row if not stays_as_read(source)]
+    return max(
+        (under_way * plan_reads(source.parts).nbytes + 2 * converted_nbytes(source) for source in sources), default=0
     )
 
 
@@ -41,7 +81,7 @@ def converter_for(model: Any) -> Convert:
     """Binds transformers' conversions to the model they belong to."""
 
     @torch.inference_mode()
-    def convert(source: ExpertSource, raw: dict[TensorRef, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def convert(source: ExpertSource, raw: dict[Stored, torch.Tensor]) -> dict[str, torch.Tensor]:
         return convert_expert(source, raw, model, model.config)
 
     return convert
@@ -49,11 +89,18 @@ def converter_for(model: Any) -> Convert:
 
 def weights_in_slot(
     arena: Arena, slot: int, source: ExpertSource, plan: ReadPlan, staging: Arena | None, convert: Convert
-) -> Weights:
+) -> Weights | Packed:
     """The expert whose bytes were read into ``staging``, or into the slot itself where that is None."""
-    if staging is None:
+    if source.is_direct:
         return {recipe.param: _views(arena, slot, recipe.parts, plan, source.dtype) for recipe in source.recipes}
-    raw = {part: as_tensor(staging.bytes_of(0, plan.slot_offsets[part], part.nbytes), part) for part in source.parts}
+    area, place_in = (arena, slot) if staging is None else (staging, 0)
+    pieces = {
+        part: as_tensor(area.bytes_of(place_in, plan.slot_offsets[part], part.nbytes), part) for part in source.parts
+    }
+    if source.is_quantised:
+        packed = Packed(source=source, raw=pieces)
+        return packed if staging is None else unpack(packed, arena, slot)
+    raw = {part: _part(part, pieces, source.dtype) for recipe in source.recipes for part in recipe.parts}
     weights: Weights = {}
     offset = 0
     for param, tensor in convert(source, raw).items():
@@ -64,12 +111,44 @@ def weights_in_slot(
     return weights
 
 
+def unpack(packed: Packed, arena: Arena, slot: int) -> Weights:
+    """Makes a quantised expert's weights in a slot."""
+    weights: Weights = {}
+    dtype, offset = packed.source.dtype, 0
+    for recipe in packed.source.recipes:
+        shapes = [rows_shape(part) if isinstance(part, Scaled) else part.shape for part in recipe.parts]
+        rows = [shape[0] for shape in shapes]
+        nbytes = sum(rows) * math.prod(shapes[0][1:]) * dtype.itemsize
+        whole = arena.bytes_of(slot, offset, nbytes).view(dtype).view(sum(rows), *shapes[0][1:])
+        for part, place in zip(recipe.parts, torch.split(whole, rows), strict=True):
+            _fill(place, part, packed.raw)
+        is_transposed = any(isinstance(part, Scaled) and part.is_transposed for part in recipe.parts)
+        assert not is_transposed or len(rows) == 1, "rows of transposed parts do not lie one below the other"
+        weights[recipe.param] = (whole.t() if is_transposed else whole,)
+        offset += _padded(nbytes)
+    return weights
+
+
+def _fill(place: torch.Tensor, part: Stored, raw: dict[TensorRef, torch.Tensor]) -> None:
+    if isinstance(part, Scaled):
+        dequantise_into(place, part, raw[part.values], raw[part.scales])
+    else:
+        place.copy_(raw[part])
+
+
+def _part(part: Stored, pieces: dict[TensorRef, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(part, Scaled):
+        return dequantised(part, pieces[part.values], pieces[part.scales], dtype)
+    return pieces[part]
+
+
 def _views(
-    arena: Arena, slot: int, parts: Sequence[TensorRef], plan: ReadPlan, dtype: torch.dtype
+    arena: Arena, slot: int, parts: Sequence[Stored], plan: ReadPlan, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
     """A parameter's parts as tensors over the slot; parts that touch become one."""
     groups: list[list[TensorRef]] = []
     for part in parts:
+        assert isinstance(part, TensorRef), "quantised bytes are no weights"
         if groups and plan.slot_offsets[groups[-1][-1]] + groups[-1][-1].nbytes == plan.slot_offsets[part]:
             groups[-1].append(part)
         else:

@@ -16,6 +16,8 @@ from poise.units import MIB, format_bytes
 
 OVERHEAD_BYTES = 64 * MIB
 """Threads, compiled kernels, allocator slack, Python objects: what grows with nothing a plan decides."""
+MAX_EXPERT_ROWS = 512
+"""Rows that go through an expert at once: enough for the processor's full rate, few enough to bound what they take."""
 BATCH_SIZES = (16, 8, 4, 2, 1)
 NUM_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
 CHUNK_TOKENS = (512, 256, 128, 64, 32, 16)
@@ -25,11 +27,13 @@ CHUNK_TOKENS = (512, 256, 128, 64, 32, 16)
 class ActivationSpec:
     """What one token takes while a pass runs. ``width`` is the widest inner size of a layer; bytes per element ``itemsize``.
 
+    ``expert_width`` is an expert's widest inner size (gate and up together); it sees at most ``MAX_EXPERT_ROWS`` at once.
     ``materialised_heads`` counts the heads whose attention scores are written out in fp32 (0 where a fused kernel runs).
     """
 
     hidden: int
     width: int
+    expert_width: int
     top_k: int
     vocabulary: int
     itemsize: int
@@ -42,7 +46,9 @@ class ActivationSpec:
         inside = batch_tokens * (8 * self.hidden + 4 * self.width) * self.itemsize
         scores = batch_tokens * context_tokens * (8 + 12 * self.materialised_heads)
         logits = num_batches * batch_size * self.vocabulary * (self.itemsize + 4)
-        return parked + inside + scores + logits
+        expert_rows = min(MAX_EXPERT_ROWS, num_batches * batch_tokens)
+        expert = expert_rows * (2 * self.expert_width * self.itemsize + self.hidden * (3 * self.itemsize + 8))
+        return parked + inside + expert + scores + logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,17 +82,19 @@ def plan_memory(
     prompt_tokens: Sequence[int],
     total_tokens: Sequence[int],
     max_slots: int | None = None,
+    whole_prompts: bool = False,
 ) -> MemoryPlan:
     """Divides the budget for these requests (``total_tokens[i]``: prompt and output of request i).
 
+    ``whole_prompts``: a chunk takes the longest prompt, for models whose prompts must not be cut.
     Raises BudgetError when not even one row, one slot and the smallest chunk fit.
     """
     wanted_slots = min(num_experts, max_slots or num_experts)
     free = budget_bytes - dense_bytes - OVERHEAD_BYTES
     smallest: int | None = None
     best: MemoryPlan | None = None
-    for rows, batch_size, num_batches, chunk in _candidates(len(total_tokens), max(prompt_tokens)):
-        cache_bytes = _cache_bytes(cache, total_tokens, rows, batch_size)
+    for rows, batch_size, num_batches, chunk in _candidates(len(total_tokens), max(prompt_tokens), whole_prompts):
+        cache_bytes = _cache_bytes(cache, prompt_tokens, total_tokens, rows, batch_size)
         activation_bytes = activation.pass_bytes(
             batch_size=batch_size, num_batches=num_batches, chunk_tokens=chunk, context_tokens=max(total_tokens)
         )
@@ -121,9 +129,11 @@ def plan_memory(
     return best
 
 
-def _candidates(num_requests: int, longest_prompt: int) -> Iterator[tuple[int, int, int, int]]:
+def _candidates(num_requests: int, longest_prompt: int, whole_prompts: bool) -> Iterator[tuple[int, int, int, int]]:
     """(rows, batch size, batches, chunk), fewest rows first; of equal rows the largest chunk first."""
     chunks = [chunk for chunk in CHUNK_TOKENS if chunk < longest_prompt * 2] or [CHUNK_TOKENS[-1]]
+    if whole_prompts:
+        chunks = [longest_prompt]
     shapes = {
         (min(batch_size, num_requests), num_batches)
         for batch_size in BATCH_SIZES
@@ -135,9 +145,17 @@ def _candidates(num_requests: int, longest_prompt: int) -> Iterator[tuple[int, i
             yield rows, -batch_size, num_batches, chunk
 
 
-def _cache_bytes(cache: CacheSpec, total_tokens: Sequence[int], rows: int, batch_size: int) -> int:
-    """Caches of the longest requests that can run at once, padded to a batch's longest; growing a layer copies it."""
-    longest = sorted(total_tokens, reverse=True)[:rows]
-    padded = [longest[index // batch_size * batch_size] for index in range(len(longest))]
-    copied = batch_size * longest[0] * cache.largest_layer_bytes_per_token
-    return sum(cache.sequence_bytes(tokens) for tokens in padded) + 2 * copied
+def _cache_bytes(
+    cache: CacheSpec, prompt_tokens: Sequence[int], total_tokens: Sequence[int], rows: int, batch_size: int
+) -> int:
+    """Caches of the rows that can run at once and take most; growing a layer copies it.
+
+    Batches take prompts in order of length; a row is as long as its batch's longest prompt and its own answer.
+    """
+    lengths = sorted(zip(prompt_tokens, total_tokens, strict=True), reverse=True)
+    widths = [lengths[index // batch_size * batch_size][0] for index in range(len(lengths))]
+    needs = sorted(
+        (width + total - prompt for width, (prompt, total) in zip(widths, lengths, strict=True)), reverse=True
+    )
+    copied = batch_size * needs[0] * cache.largest_layer_bytes_per_token
+    return sum(cache.sequence_bytes(tokens) for tokens in needs[:rows]) + 2 * copied

@@ -1,0 +1,85 @@
+"""Reading into memory: direct where the file system lets us, through the page cache where it does not; memory given back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from poise.engine.footprint import resident_bytes
+from poise.offload.arena import Arena
+from poise.offload.reader import Reader
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Gives the reader threads time; fails after ten seconds."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "the reader threads did not get there"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_file_system_without_direct_reads_works_and_is_said_once(
+    count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """procfs refuses O_DIRECT when a file is opened."""
+    files = [Path("/proc/version"), Path("/proc/sys/kernel/ostype")][:count]
+    contents = [file.read_bytes() for file in files]
+    with caplog.at_level(logging.WARNING):
+        assert read_with(Reader(files, threads=1), files, [len(content) for content in contents]) == contents
+    assert [record.getMessage() for record in caplog.records] == [
+        "the file system of /proc/version refuses O_DIRECT; reading through the page cache"
+    ]
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        1,
+        2,
+    ],
+)
+def test_a_direct_read_that_is_refused_after_opening_falls_back_for_every_file(
+    count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Memory at an odd address stands for a file system or device that takes O_DIRECT and then refuses to read."""
+    files = [tmp_path / f"{number}.bin" for number in range(count)]
+    contents = [os.urandom(4096) for _ in files]
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    reader = Reader(files, threads=1)
+    if not reader.is_direct:
+        reader.close()
+        pytest.skip(f"{tmp_path} does not take O_DIRECT at all")
+    with caplog.at_level(logging.WARNING):
+        assert read_with(reader, files, [4096] * count) == contents
+    assert len(caplog.records) == 1
+    assert not reader.is_direct
+
+
+def read_with(reader: Reader, files: Sequence[Path], sizes: Sequence[int]) -> list[bytes]:
+    """Each file's first bytes, read into memory at odd addresses. Closes the reader."""
+    memory = [bytearray(size + 1) for size in sizes]
+    errors: list[Exception | None] = []
+    for file, size, buffer in zip(files, sizes, memory, strict=True):
+        reader.submit([(file, 0, size, memoryview(buffer)[1:])], errors.append)
+    wait_until(lambda: len(errors) == len(files))
+    reader.close()
+    assert errors == [None] * len(files)
+    return [bytes(buffer[1:]) for buffer in memory]
+
+
+def test_slots_out_of_service_give_their_memory_back() -> None:
+    arena = Arena(60, 1 << 20)
+    empty = resident_bytes()
+    for slot in range(60):
+        arena.bytes_of(slot, 0, 1 << 20).fill_(1)
+    assert resident_bytes() - empty > 55 << 20
+    arena.give_back_behind(10)
+    assert resident_bytes() - empty < 15 << 20
+    assert all(arena.bytes_of(slot, 0, 1 << 20).bool().all() for slot in range(10))
