@@ -104,6 +104,18 @@ def test_the_size_of_a_tile_changes_nothing(tile: int, monkeypatch: pytest.Monke
     assert all(same_bits(dequantised(*case, torch.bfloat16), want) for case, want in zip(cases, before, strict=True))
 
 
+@pytest.mark.parametrize("scale", [1e-38, 2e-45, 127.0, 128.0, 1e30, float("inf"), float("nan"), -3.0, 0.0])
+@pytest.mark.parametrize("with_nan", [False, True], ids=["numbers", "nan"])
+def test_no_scale_is_too_small_or_too_large(scale: float, with_nan: bool) -> None:
+    values = all_bytes(16, 16)
+    if not with_nan:
+        values = values.where((values & 127) != 127, 126)
+    fp8, scales = values.view(torch.float8_e4m3fn), torch.full((1, 1), scale)
+    for dtype in DTYPES:
+        ours = dequantised(scaled("fp8", (16, 16), (16, 16)), fp8, scales, dtype)
+        assert same_bits(ours, fp8_of_transformers(fp8, scales, dtype))
+
+
 def test_values_may_lie_at_an_odd_place() -> None:
     """A slot's bytes lie where they lay on disk, and a file may begin its tensors anywhere."""
     values, scales = all_bytes(64, 64), torch.rand(1, 1)

@@ -15,6 +15,9 @@ from poise.model.scaled import MXFP4_GROUP, Scaled
 
 TILE_WEIGHTS = 1 << 18
 """Weights that are worked on at once: with their indices and products they fit a core's second-level cache."""
+FP8_SHIFT, FP8_MASK = 120, -0x78100000
+"""fp32's exponent counts from 127, F8_E4M3's from 7; the sign, the last four bits of an exponent, three of a fraction."""
+FP8_MAX_SCALE = 2.0**7
 _E2M1_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, -0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
 """Doubled, and the scales halved, so that every scale byte is a finite power of two."""
 
@@ -54,17 +57,31 @@ def _rank(scaled: Scaled) -> int:
 def _fp8_matrix(out: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> None:
     """Shapes: out and values (R, C), scales one per block. The product is fp32, rounded once.
 
-    Sign, exponent and fraction of F8_E4M3 moved to where fp32 has them are the number times 2 ** -120, also where it is zero
-    or subnormal. The scale makes up for it, so it must leave room; and the byte for NaN would become 480.
+    F8_E4M3's sign, exponent and fraction, moved to where fp32 has them, are the number times 2 ** -120, also where it is zero
+    or subnormal. The scale makes up for it, so it must leave room for that; and NaN would become 480.
     """
     rows, columns = out.shape
-    scale_C = scales.float().repeat_interleave(block[1], 1)[:, :columns]
     tile_rows = max(1, min(block[0], TILE_WEIGHTS // columns))
-    bytes_RC = values.view(torch.int8)
-    fits = bool(scales.float().abs().max() < FP8_MAX_SCALE)
-    bits = torch.empty(tile_rows, columns, dtype=torch.int32)
-    for begin in range(0, rows, tile_rows) if block[0] % tile_rows == 0 else _tiles(rows, block[0], tile_rows):
-        pass
+    buffer = torch.empty(tile_rows, columns, dtype=torch.int32)
+    for block_row, scale in enumerate(scales.float()):
+        scale_C = scale.repeat_interleave(block[1])[:columns]
+        raised_C, has_room = scale_C * 2.0**FP8_SHIFT, bool(scale.abs().max() < FP8_MAX_SCALE)
+        end = min(rows, (block_row + 1) * block[0])
+        for begin in range(block_row * block[0], end, tile_rows):
+            tile = values[begin : min(begin + tile_rows, end)]
+            if has_room and not _has_nan(tile):
+                bits = buffer[: len(tile)].copy_(tile.view(torch.int8))
+                number = bits.bitwise_left_shift_(20).bitwise_and_(FP8_MASK).view(torch.float32)
+                out[begin : begin + len(tile)] = number.mul_(raised_C)
+            else:
+                out[begin : begin + len(tile)] = tile.float() * scale_C
+
+
+def _has_nan(tile: torch.Tensor) -> bool:
+    """Whether F8_E4M3 holds NaN: the largest byte, signed or not."""
+    return bool(tile.view(torch.int8).max() == 127) or bool(tile.view(torch.uint8).max() == 255)
+
+
 def _mxfp4_matrix(out: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> None:
     """Shapes: out (R, C), values (R, C / 32, 16), scales (R, C / 32). Every product is exact but for overflow."""
     rows, columns = out.shape
@@ -83,22 +100,10 @@ def _mxfp4_matrix(out: torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
 
 
 @functools.cache
-def _fp8_pairs() -> torch.Tensor:
-    """Every two bytes of F8_E4M3 as two fp32 numbers in one int64, shape (65536,). NaN stays NaN."""
-    number = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    word = torch.arange(1 << 16)
-    return _packed(number, word & 255, word >> 8, torch.float32)
-
-
-@functools.cache
 def _mxfp4_pairs(dtype: torch.dtype) -> torch.Tensor:
     """Every byte of MXFP4 as twice the two numbers it holds, low half first, in one integer; shape (256,)."""
-    byte = torch.arange(256)
-    return _packed(torch.tensor(_E2M1_DOUBLED), byte & 15, byte >> 4, dtype)
-
-
-def _packed(number: torch.Tensor, first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    pairs = torch.stack([number[first], number[second]], dim=1).to(dtype)
+    byte, number = torch.arange(256), torch.tensor(_E2M1_DOUBLED, dtype=dtype)
+    pairs = torch.stack([number[byte & 15], number[byte >> 4]], dim=1)
     return pairs.view(torch.int32 if dtype.itemsize == 2 else torch.int64).view(-1)
 
 
