@@ -51,11 +51,10 @@ from poise.spec.model_spec import ModelSpec
 from poise.units import format_bytes, parse_bytes
 
 READER_THREADS = 2
-COMPILED_KERNELS = 96
-COMPILED_KERNELS_EAGER = 24
-"""What oneDNN and torch's layer above it may keep of the kernels they compile, one per shape, about 0.3 MB each; their own
-limit is 1,024. Where attention is materialised every length of the context is a new shape, of more than 1 MB and used once.
-The limits are read with the first kernel, so they come too late in a process that has computed in bf16 before."""
+COMPILED_KERNELS = 32
+"""What oneDNN and torch's layer above it may keep of the kernels they compile, one per shape, 0.3 to 1.3 MB each; their own
+limit is 1,024. An expert's row counts need few; where attention is materialised every length of the context is a new shape,
+used once. The limits are read with the first kernel: too late in a process that has computed in bf16 before."""
 
 
 class LLM:
@@ -90,13 +89,13 @@ class LLM:
         layout = find_layout(checkpoint, self._model, modules, self._dtype)
         take_out_experts(self._model, modules)
         self._heads = _materialised_heads(self._model.config)
-        kernels = COMPILED_KERNELS_EAGER if self._heads else COMPILED_KERNELS
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(cache, str(kernels))
+            os.environ.setdefault(cache, str(COMPILED_KERNELS))
         self.base_bytes = resident_bytes()
         self._peak_is_ours = reset_peak()
         self.budget_bytes = automatic_budget_bytes() if memory == "auto" else parse_bytes(memory)
-        layout = unpacked_if_it_fits(layout, self.budget_bytes - dense_nbytes(self._model) - OVERHEAD_BYTES)
+        if expert_slots is None:
+            layout = unpacked_if_it_fits(layout, self.budget_bytes - dense_nbytes(self._model) - OVERHEAD_BYTES)
         self._slot_bytes = slot_bytes_for(layout.experts_LE)
         self._scratch_bytes = scratch_bytes_for(layout.experts_LE) + staging_bytes_for(
             layout.experts_LE, READER_THREADS + 1
