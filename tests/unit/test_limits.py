@@ -98,7 +98,7 @@ def test_a_file_larger_than_the_memory_is_read_from_disk_every_time(memory: cgro
         result = limits.run([sys.executable, "-c", READ_TWICE, str(path)])
     if not result.read_bytes:
         pytest.skip("storage reads are not counted here, or temporary files are in memory")
-    assert result.read_bytes >= 2 * 96 * MIB
+    assert result.read_bytes >= 0.95 * 2 * 96 * MIB
 
 
 def test_disk_reads_are_slowed_to_the_limit(tmp_path: Path) -> None:
