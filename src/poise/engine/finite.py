@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from poise.offload.arena import Arena
 from poise.offload.expert_store import ExpertStore
+from poise.offload.weights import Packed, converted_nbytes, unpack
 
 
 def cause_of_not_finite(model: Any, store: ExpertStore) -> str:
@@ -24,7 +26,8 @@ def _damaged_weight(model: Any, store: ExpertStore) -> str | None:
     for name, weight in model.named_parameters():
         if not weight.is_meta and not _is_finite(weight):
             return f"tensor {name}"
-    for source, weights in store.residents():
+    for source, held in store.residents():
+        weights = unpack(held, Arena(1, converted_nbytes(source)), 0) if isinstance(held, Packed) else held
         for name, parts in weights.items():
             if not all(map(_is_finite, parts)):
                 return f"{name} of expert {source.expert} in {source.module}"

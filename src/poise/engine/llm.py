@@ -39,13 +39,8 @@ from poise.model.inspect import build_meta_model, choose_dtype, find_experts, lo
 from poise.model.layout import CheckpointLayout, find_layout
 from poise.model.quantisation import stated_dtype
 from poise.offload.expert_store import ExpertStore
-from poise.offload.weights import (
-    converter_for,
-    scratch_bytes_for,
-    slot_bytes_for,
-    staging_bytes_for,
-    unpacked_if_it_fits,
-)
+from poise.offload.unpacker import ring_bytes_for
+from poise.offload.weights import converter_for, slot_bytes_for, staging_bytes_for, unpacked_if_it_fits
 from poise.plan.memory import OVERHEAD_BYTES, ActivationSpec, MemoryPlan, plan_memory
 from poise.spec.model_spec import ModelSpec
 from poise.units import format_bytes, parse_bytes
@@ -97,7 +92,7 @@ class LLM:
         if expert_slots is None:
             layout = unpacked_if_it_fits(layout, self.budget_bytes - dense_nbytes(self._model) - OVERHEAD_BYTES)
         self._slot_bytes = slot_bytes_for(layout.experts_LE)
-        self._scratch_bytes = scratch_bytes_for(layout.experts_LE) + staging_bytes_for(
+        self._scratch_bytes = ring_bytes_for(layout.experts_LE) + staging_bytes_for(
             layout.experts_LE, READER_THREADS + 1
         )
         self._expert_width = max(max(shape) for source in layout.experts_LE[0][:1] for shape in source.shapes.values())

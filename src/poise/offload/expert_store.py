@@ -20,7 +20,8 @@ from poise.offload.arena import Arena
 from poise.offload.read_plan import ReadPlan, plan_reads
 from poise.offload.reader import Reader
 from poise.offload.slots import Key, Slots, State
-from poise.offload.weights import Convert, Packed, scratch_bytes_for, stays_as_read, unpack, weights_in_slot
+from poise.offload.unpacker import Unpacker
+from poise.offload.weights import Convert, Packed, scratch_bytes_for, stays_as_read, weights_in_slot
 from poise.plan.residency import expected_distance_LE, updated_probability_E
 
 PROBABILITY_WEIGHT = 0.2
@@ -72,7 +73,9 @@ class ExpertStore:
         self._under_way = 0
         self._weights: dict[Key, Weights | Packed] = {}
         scratch_bytes = scratch_bytes_for(sources_LE)
-        self._scratch = Arena(1, scratch_bytes) if scratch_bytes else None
+        self._unpacker = Unpacker(scratch_bytes) if scratch_bytes else None
+        self._to_unpack: deque[Key] = deque()
+        self._unpacking = 0
         self._error: Exception | None = None
         self._layer = len(sources_LE) - 1
         self._used: set[int] = set()
@@ -108,7 +111,7 @@ class ExpertStore:
                 self._idle_LE[key] = False
                 if state is State.READY:
                     self.counters.hits += 1
-                    self._there.append(key)
+                    self._is_there(key)
                 else:
                     self.counters.misses += 1
                 if state is None:
@@ -118,19 +121,21 @@ class ExpertStore:
     def take(self) -> tuple[int, Weights]:
         """The next expert that was asked for and is in memory, in use from now on: residents first, then as they arrive.
 
-        Blocks until one is there. The weights of a quantised expert hold until the next call. Raises ReadError when the
-        disk fails.
+        Blocks until one is there. Its weights hold until it is released. Raises ReadError when the disk fails.
         """
         with self._changed:
             while not self._there:
                 if self._error is not None:
                     raise self._error
-                assert self._pending or self._under_way, "more experts are taken than were asked for"
+                assert self._pending or self._under_way or self._unpacking, "more experts are taken than were asked for"
                 self._changed.wait()
             key = self._there.popleft()
-            self._slots.acquire(key)
             held = self._weights[key]
-        return key[1], self._usable(held)
+            if isinstance(held, Packed):
+                assert self._unpacker is not None, "quantised experts need an unpacker"
+                return key[1], self._unpacker.weights(key)
+            self._slots.acquire(key)
+            return key[1], held
 
     def release(self, expert: int) -> None:
         """The expert of the layer at hand has computed for everyone; it may be evicted."""
@@ -138,6 +143,9 @@ class ExpertStore:
             key = (self._layer, expert)
             self._slots.release(key)
             self._wanted.discard(key)
+            if self._unpacker is not None:
+                self._unpacker.free(key)
+                self._unpack_next()
             self._idle_LE[key] = True
             self._distance_LE[key] += len(self._sources_LE)
             self._pump()
@@ -157,21 +165,23 @@ class ExpertStore:
         """Forgets what was asked for, after an aborted pass; experts in use become ready again."""
         with self._changed:
             self._pending.clear()
+            self._to_unpack.clear()
+            self._wanted.clear()
             self._drain()
             for key in self._slots.keys(State.IN_USE):
                 self._slots.release(key)
+                if self._unpacker is not None:
+                    self._unpacker.free(key)
             for key in self._slots.keys(State.READY):
                 self._idle_LE[key] = True
-            self._wanted.clear()
             self._there.clear()
             self._used.clear()
             self._error = None
 
-    def residents(self) -> Iterator[tuple[ExpertSource, Weights]]:
-        """Every expert in memory and its weights, one after the other; between passes only, with nothing asked for."""
+    def residents(self) -> Iterator[tuple[ExpertSource, Weights | Packed]]:
+        """Every expert in memory; between passes only. What was asked for is forgotten."""
         self.abandon()
-        for key, held in list(self._weights.items()):
-            yield self._source(key), self._usable(held)
+        yield from [(self._source(key), held) for key, held in self._weights.items()]
 
     def close(self) -> None:
         """Ends the reader threads."""
@@ -179,9 +189,11 @@ class ExpertStore:
             self._closed = True
             self._pending.clear()
         self._reader.close()
+        if self._unpacker is not None:
+            self._unpacker.close()
 
     def _drain(self) -> None:
-        while self._under_way:
+        while self._under_way or self._unpacking:
             self._changed.wait()
 
     def _finish_layer(self) -> None:
@@ -277,7 +289,7 @@ class ExpertStore:
                 self._slots.loaded(key)
                 self._weights[key] = weights
                 if key in self._wanted:
-                    self._there.append(key)
+                    self._is_there(key)
                 else:
                     self._idle_LE[key] = True
                 self._pump()
@@ -288,11 +300,32 @@ class ExpertStore:
                 self._error = error
             self._changed.notify_all()
 
-    def _usable(self, held: Weights | Packed) -> Weights:
-        if not isinstance(held, Packed):
-            return held
-        assert self._scratch is not None, "quantised experts need a scratch area"
-        return unpack(held, self._scratch, 0)
+    def _is_there(self, key: Key) -> None:
+        """Hands an expert on to the compute thread, by way of the unpacker if it is quantised."""
+        if isinstance(self._weights[key], Packed):
+            self._to_unpack.append(key)
+            self._unpack_next()
+        else:
+            self._there.append(key)
+
+    def _unpack_next(self) -> None:
+        while self._to_unpack and self._unpacker is not None and self._unpacker.has_room:
+            key = self._to_unpack.popleft()
+            packed = self._weights[key]
+            assert isinstance(packed, Packed), f"expert {key} is not quantised"
+            self._slots.acquire(key)
+            self._unpacking += 1
+            self._unpacker.submit(key, packed, self._unpacked)
+
+    def _unpacked(self, key: Key, error: Exception | None) -> None:
+        """On a thread of the unpacker: wakes the compute thread."""
+        with self._changed:
+            self._unpacking -= 1
+            if error is None:
+                self._there.append(key)
+            else:
+                self._error = error
+            self._changed.notify_all()
 
     def _source(self, key: Key) -> ExpertSource:
         return self._sources_LE[key[0]][key[1]]

@@ -59,7 +59,7 @@ def slot_bytes_for(sources_LE: Sequence[Sequence[ExpertSource]]) -> int:
 
 
 def scratch_bytes_for(sources_LE: Sequence[Sequence[ExpertSource]]) -> int:
-    """Bytes of memory, besides the slots, in which packed experts become weights; 0 where there are none."""
+    """Bytes, besides the slots, in which a packed expert becomes weights; 0 where there is none."""
     packed = (source for row in sources_LE for source in row if stays_as_read(source) and not source.is_direct)
     return max(map(converted_nbytes, packed), default=0)
 

@@ -1,0 +1,92 @@
+"""Threads that make quantised experts into weights ahead of the compute thread, each expert in a buffer of a small ring.
+
+Several experts at once and each on one thread: the work is many short operations, and dividing each of those between torch's
+threads took longer than doing them alone. All methods are called under the store's lock; ``done`` comes on a thread of ours.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+
+from poise.model.layout import ExpertSource, Weights
+from poise.offload.arena import Arena
+from poise.offload.slots import Key
+from poise.offload.weights import Packed, scratch_bytes_for, unpack
+
+MAX_THREADS = 4
+Done = Callable[[Key, Exception | None], None]
+
+
+def num_threads() -> int:
+    """Threads that a new Unpacker has: as many as torch computes with, up to four."""
+    return min(MAX_THREADS, torch.get_num_threads())
+
+
+def ring_bytes_for(sources_LE: Sequence[Sequence[ExpertSource]]) -> int:
+    """Bytes of the ring that a new Unpacker of these experts has; 0 where none is quantised."""
+    return (num_threads() + 1) * scratch_bytes_for(sources_LE)
+
+
+class Unpacker:
+    """A ring of ``num_threads() + 1`` buffers of ``buffer_bytes``: one to compute with, the others being filled."""
+
+    def __init__(self, buffer_bytes: int) -> None:
+        self._ring = Arena(num_threads() + 1, buffer_bytes)
+        self._free = list(range(self._ring.num_slots))
+        self._buffer_of: dict[Key, int] = {}
+        self._weights: dict[Key, Weights] = {}
+        self._jobs: queue.SimpleQueue[tuple[Key, int, Packed, Done] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"poise-reader-unpack-{index}", daemon=True)
+            for index in range(num_threads())
+        ]
+        self._started = threading.Barrier(len(self._threads) + 1)
+        of_torch = torch.get_num_threads()
+        for thread in self._threads:
+            thread.start()
+        self._started.wait()
+        torch.set_num_threads(of_torch)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a buffer is free."""
+        return bool(self._free)
+
+    def submit(self, key: Key, packed: Packed, done: Done) -> None:
+        """Starts on an expert; ``done`` is called when ``weights`` can be asked for, or with the error."""
+        buffer = self._buffer_of[key] = self._free.pop()
+        self._jobs.put((key, buffer, packed, done))
+
+    def weights(self, key: Key) -> Weights:
+        """The weights of an expert that is done; they hold until it is freed."""
+        return self._weights[key]
+
+    def free(self, key: Key) -> None:
+        """Takes the buffer back from an expert that is done, or failed; one that has none keeps none."""
+        if key in self._buffer_of:
+            self._free.append(self._buffer_of.pop(key))
+            self._weights.pop(key, None)
+
+    def close(self) -> None:
+        """Ends the threads. Safe to call twice."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def _work(self) -> None:
+        torch.set_num_threads(1)
+        self._started.wait()
+        while (job := self._jobs.get()) is not None:
+            key, buffer, packed, done = job
+            try:
+                self._weights[key] = unpack(packed, self._ring, buffer)
+            except Exception as error:  # noqa: BLE001 - carried to the compute thread, raised by the store's take()
+                done(key, error)
+            else:
+                done(key, None)
