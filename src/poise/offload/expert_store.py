@@ -130,12 +130,12 @@ class ExpertStore:
                 assert self._pending or self._under_way or self._unpacking, "more experts are taken than were asked for"
                 self._changed.wait()
             key = self._there.popleft()
-            held = self._weights[key]
+            held = self._weights.get(key)
             if isinstance(held, Packed):
                 assert self._unpacker is not None, "quantised experts need an unpacker"
                 return key[1], self._unpacker.weights(key)
             self._slots.acquire(key)
-            return key[1], held
+        return key[1], self._laid_out(key) if held is None else held
 
     def release(self, expert: int) -> None:
         """The expert of the layer at hand has computed for everyone; it may be evicted."""
@@ -181,7 +181,9 @@ class ExpertStore:
     def residents(self) -> Iterator[tuple[ExpertSource, Weights | Packed]]:
         """Every expert in memory; between passes only. What was asked for is forgotten."""
         self.abandon()
-        yield from [(self._source(key), held) for key, held in self._weights.items()]
+        for key in self._slots.keys(State.READY):
+            held = self._weights.get(key)
+            yield self._source(key), self._laid_out(key) if held is None else held
 
     def close(self) -> None:
         """Ends the reader threads."""
@@ -239,7 +241,7 @@ class ExpertStore:
         """Frees a slot by evicting the farthest expert nobody waits for; a guess may only displace a farther one."""
         if self._slots.num_free:
             return True
-        farthest = int(np.where(self._idle_LE, self._distance_LE, -np.inf).argmax())
+        farthest = int((self._distance_LE * self._idle_LE).argmax())
         key = divmod(farthest, self._idle_LE.shape[1])
         if not self._idle_LE[key] or (nearer_than != np.inf and self._distance_LE[key] < nearer_than):
             return False
@@ -251,7 +253,7 @@ class ExpertStore:
         self._absent_LE[key] = True
         self._idle_LE[key] = False
         self._ahead.discard(key)
-        del self._weights[key]
+        self._weights.pop(key, None)
 
     def _start(self, key: Key) -> None:
         slot = self._slots.reserve(key)
@@ -275,19 +277,21 @@ class ExpertStore:
         self._reader.submit(reads, lambda error: self._arrived(key, slot, plan, staging, error))
 
     def _arrived(self, key: Key, slot: int, plan: ReadPlan, staging: Arena | None, error: Exception | None) -> None:
-        """On a reader thread: turns bytes into weights and wakes the compute thread."""
-        weights: Weights | Packed = {}
-        if error is None:
+        """On a reader thread: turns bytes that are not the weights into weights, and wakes the compute thread."""
+        weights: Weights | Packed | None = None
+        source = self._source(key)
+        if error is None and not source.is_direct:
             try:
                 with contextlib.nullcontext() if staging is None else self._converting:
-                    weights = weights_in_slot(self._arena, slot, self._source(key), plan, staging, self._convert)
+                    weights = weights_in_slot(self._arena, slot, source, plan, staging, self._convert)
             except Exception as failure:  # noqa: BLE001 - carried to the compute thread, raised by take()
                 error = failure
         with self._changed:
             self._under_way -= 1
             if error is None:
                 self._slots.loaded(key)
-                self._weights[key] = weights
+                if weights is not None:
+                    self._weights[key] = weights
                 if key in self._wanted:
                     self._is_there(key)
                 else:
@@ -300,9 +304,18 @@ class ExpertStore:
                 self._error = error
             self._changed.notify_all()
 
+    def _laid_out(self, key: Key) -> Weights:
+        """Tensors over the slot of an expert whose bytes are its weights, made when the compute thread first asks: they cost
+        tens of microseconds, in which a reader thread starts the next read."""
+        plan, slot = self._plans[key], self._slots.slot(key)
+        weights = weights_in_slot(self._arena, slot, self._source(key), plan, None, self._convert)
+        assert not isinstance(weights, Packed), f"expert {key} is quantised"
+        self._weights[key] = weights
+        return weights
+
     def _is_there(self, key: Key) -> None:
         """Hands an expert on to the compute thread, by way of the unpacker if it is quantised."""
-        if isinstance(self._weights[key], Packed):
+        if isinstance(self._weights.get(key), Packed):
             self._to_unpack.append(key)
             self._unpack_next()
         else:
