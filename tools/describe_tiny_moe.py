@@ -3,8 +3,8 @@
     python tools/describe_tiny_moe.py src/poise/assets/tiny-moe
 
 Plain transformers throughout: held-out loss per domain, how unevenly each layer uses its experts, how much code and prose
-differ in that, and samples of generated text. ``corpus.py`` splits by content, so on the machine that trained the model
-the held-out text is text the model has not seen; on another machine some of it may have been trained on.
+differ in that, and samples of generated text. ``poise.bench.corpus`` splits by content, so on the machine that trained the
+model the held-out text is text the model has not seen; on another machine some of it may have been trained on.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Domain, load_corpus
 from rich.progress import track
 from train_tiny_moe import tokenize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from poise.bench.corpus import Domain, load_corpus
 from poise.errors import CheckpointError, PoiseError
 
 WINDOW_TOKENS = 512

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from poise.errors import CheckpointError, PoiseError, UsageError
@@ -40,10 +41,18 @@ def read_config(path: Path, settings: list[str]) -> Any:
     values = {config.attribute_map.get(key, key): value for key, value in values.items()}
     changes = dict(parse_setting(setting, config) for setting in settings)
     layers = changes.get("num_hidden_layers")
+    if layers is not None and (type(layers) is not int or layers < 1):
+        raise UsageError(f"--set num_hidden_layers={layers} is no number of layers; write one of at least 1")
     for key, value in values.items():
         if layers is not None and isinstance(value, list) and len(value) == config.num_hidden_layers:
             values[key] = value[:layers]
-    return AutoConfig.for_model(model_type, **values | changes)
+    try:
+        return AutoConfig.for_model(model_type, **values | changes)
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--set {' --set '.join(settings)} makes no configuration: {reason}; change the value"
+        ) from None
 
 
 def parse_setting(setting: str, config: Any) -> tuple[str, Any]:

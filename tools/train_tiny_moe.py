@@ -1,7 +1,7 @@
 """Trains the small MoE language model that ships with Poise (``src/poise/assets/tiny-moe``).
 
 A Qwen3-MoE of about 5.8 million parameters with its own byte-level BPE, trained on text that any machine has (see
-``corpus.py``). The loss is cross-entropy plus the architecture's usual load-balancing term at a small weight; nothing
+``poise.bench.corpus``). The loss is cross-entropy plus the architecture's usual load-balancing term at a small weight; nothing
 in it helps to predict one layer's routing from another's. Data-parallel over ``--workers`` processes of one thread each.
 
     python tools/train_tiny_moe.py --output src/poise/assets/tiny-moe --minutes 60 --workers 2
@@ -22,10 +22,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from corpus import Domain, load_corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from poise.bench.corpus import Domain, load_corpus
 
 VOCABULARY = 4096
 CONTEXT_TOKENS = 1024

@@ -21,18 +21,26 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="directory to make")
     parser.add_argument("--factor", type=int, required=True, help="copies of each expert neuron: a power of two")
     arguments = parser.parse_args()
-    with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task("", total=None)
-        try:
-            widen_checkpoint(
-                arguments.source,
-                arguments.target,
-                arguments.factor,
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-        except PoiseError as error:
-            print(f"widen: {error}", file=sys.stderr)
-            sys.exit(2)
+    progress = Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    task = progress.add_task("", total=None)
+
+    def show(done: int, total: int) -> None:
+        progress.start()  # only now: what is wrong with the input has been said without a bar
+        progress.update(task, completed=done, total=total)
+
+    try:
+        widen_checkpoint(arguments.source, arguments.target, arguments.factor, on_progress=show)
+    except PoiseError as error:
+        _stop(progress)
+        print(f"widen: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        _stop(progress)
+
+
+def _stop(progress: Progress) -> None:
+    if progress.live.is_started:  # else an empty line would be printed
+        progress.stop()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     ├── UsageError          bad input: one line says the value, what is allowed, the remedy; exit code 2
     │   ├── CheckpointError     the model directory or a file in it
     │   ├── PromptError         a prompt or a prompt file
+    │   ├── MachineError        a description of a machine, or what it does not describe
+    │   ├── TraceError          a file of recorded routing: a trace, a correlation table
     │   └── BudgetError         the memory budget; carries the smallest that works
     └── ReadError           the disk failed while weights were being read
 
@@ -36,6 +38,14 @@ class PromptError(UsageError):
         super().__init__(reason if index is None else f"prompt {index}: {reason}")
         self.reason = reason
         self.index = index
+
+
+class MachineError(UsageError):
+    """A machine file that is damaged, or a machine that lacks the device, link, tier or curve asked for."""
+
+
+class TraceError(UsageError):
+    """A file of recorded routing that is missing, damaged, of another version, or of another model."""
 
 
 class BudgetError(UsageError):

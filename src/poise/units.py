@@ -9,6 +9,8 @@ from poise.errors import UsageError
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
+MAX_BYTES = 1 << 60
+"""More than any memory holds; figures beyond it would not fit into what computes with them."""
 
 _FACTORS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -19,21 +21,34 @@ for _power, _letter in enumerate("KMGT", start=1):
 def parse_bytes(text: str | int) -> int:
     """``"8GiB"``, ``"512MB"``, ``"2G"`` (binary, as most tools take it) or a plain number of bytes.
 
-    Raises UsageError for anything else, or for a size that is not positive.
+    Raises UsageError for anything else, or for a size that is not positive or more than 1 EiB.
     """
-    if isinstance(text, int):
-        size = text
-    else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-        factor = _FACTORS.get(match.group(2).upper()) if match else None
-        if match is None or factor is None:
-            raise UsageError(
-                f"memory size {text!r} is not understood; write a number with a unit, such as 8GiB or 900MB"
-            )
-        size = int(float(match.group(1)) * factor)
-    if size <= 0:
-        raise UsageError(f"memory size {text!r} must be positive; write, for example, 8GiB")
-    return size
+    if isinstance(text, bool) or not isinstance(text, (int, str)):
+        raise UsageError(
+            f"memory size {_shown(text)} is neither a text nor a whole number of bytes; write 8GiB, or 1 << 33"
+        )
+    size = text if isinstance(text, int) else _size(text)
+    if size < 1:
+        raise UsageError(f"memory size {_shown(text)} must be positive; write, for example, 8GiB")
+    if size > MAX_BYTES:
+        raise UsageError(f"memory size {_shown(text)} is more than 1 EiB; write, for example, 8GiB")
+    return int(size)
+
+
+def _size(text: str) -> float:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    factor = _FACTORS.get(match.group(2).upper()) if match else None
+    if match is None or factor is None:
+        raise UsageError(
+            f"memory size {_shown(text)} is not understood; write a number with a unit, such as 8GiB or 900MB"
+        )
+    return float(match.group(1)) * factor
+
+
+def _shown(value: object) -> str:
+    """``value`` in at most 60 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def format_bytes(size: float) -> str:

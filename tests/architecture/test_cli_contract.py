@@ -19,10 +19,12 @@ POISE = (sys.executable, "-m", "poise")
 
 FLAGS = {
     "generate": (
-        "--prompts --output --resume --overwrite --max-tokens --memory --device --dtype --temperature --top-p --top-k "
-        "--seed --stop --ignore-eos --json"
+        "--prompts --output --resume --overwrite --max-tokens --memory --device --dtype --quantize --temperature --top-p "
+        "--top-k --seed --stop --ignore-eos --json"
     ),
     "demo": "--json",
+    "profile": "--output --report --json",
+    "record": "--prompts --output --table --max-tokens --memory --json",
     "bench": "--output --json",
 }
 
@@ -93,8 +95,15 @@ def test_the_command_line_starts_without_torch() -> None:
         (["generate"], "Missing argument 'MODEL'"),
         (["generate", "m", "x", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
         (["generate", "m", "x", "--max-tokens", "0"], "max_tokens is 0; it must be at least 1"),
-        (["generate", "m", "x", "--temperature", "nan"], "temperature is nan; it must be 0 (greedy) or more"),
+        (["generate", "m", "x", "--temperature", "nan"], "temperature is nan; it must be 0 (greedy), or 1e-06 or more"),
+        (["generate", "m", "x", "--quantize", "int8"], "quantize 'int8' is not supported; choose one of none, int4"),
         (["generate", "m", "x", "--memory", "lots"], "memory size 'lots' is not understood"),
+        (["generate", "m", "x", "--memory", "9" * 400 + "GiB"], "is more than 1 EiB; write, for example, 8GiB"),
+        (
+            ["generate", "m", "x", "--temperature", "1e-45"],
+            "temperature is 1e-45; it must be 0 (greedy), or 1e-06 or more",
+        ),
+        (["generate", "", "x"], "model '' names nothing; give a folder"),
         (["generate", "m"], "no prompt is given"),
         (["generate", "m", "x", "--prompts", "in.jsonl"], "use one of the two"),
         (["generate", "m", "--prompts", "none.jsonl"], "prompt file 'none.jsonl' cannot be read"),
@@ -103,6 +112,10 @@ def test_the_command_line_starts_without_torch() -> None:
         (["generate", "m", "x", "--resume", "--overwrite", "--output", "o"], "contradict each other"),
         (["generate", "m", "x", "--output", "bad.jsonl"], "output file"),
         (["generate", "m", "x", "--output", "none/out.jsonl"], "does not exist; create it"),
+        (["profile", "--output", "none/machine.json"], "does not exist; create it"),
+        (["profile", "--report", "."], "is not a regular file; name a file to write"),
+        (["profile", "--output", "same", "--report", "same"], "name the same file same; give two names"),
+        (["profile", "none", "--output", "machine.json"], "no such model directory: none"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], complaint: str) -> None:
@@ -117,7 +130,10 @@ def test_a_finished_output_needs_no_model(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "x", "id": "a"}\n')
     run = run_poise(["generate", "m", "--prompts", "in.jsonl", "--output", "out.jsonl", "--resume", "--json"], tmp_path)
     assert run.returncode == 0
-    assert run.stderr == "poise: all done: the 1 results are in out.jsonl\n"
+    assert run.stderr == (
+        "poise: all done: the 1 results are in out.jsonl; the file does not say of which model and sampling: "
+        "compared were the prompts\n"
+    )
     assert json.loads(run.stdout) == {"results": [result], "stats": None, "plan": None}
 
 
@@ -134,3 +150,25 @@ def test_ctrl_c_is_one_line_and_exit_code_130() -> None:
     _, complaint = process.communicate(timeout=30)
     assert complaint == b"poise: interrupted\n"
     assert process.returncode == 130
+
+
+def test_sigterm_before_any_result_is_one_line_exit_code_143_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt_token_ids": [5]}\n')
+    arguments = ["generate", "no-model", "--prompts", "in.jsonl", "--output", "out.jsonl"]
+    process = subprocess.Popen([*POISE, *arguments], stderr=subprocess.PIPE, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out.jsonl.partial").exists():  # from here on torch loads, for a second or more
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(0.1)
+    for _ in range(2):  # as `timeout` does: to the process, and to its group
+        process.send_signal(signal.SIGTERM)
+    _, complaint = process.communicate(timeout=30)
+    assert complaint == b"poise: interrupted; no result was finished, and nothing is left behind\n"
+    assert process.returncode == 143
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_the_help_says_what_an_interrupted_run_leaves() -> None:
+    said = " ".join(run_poise(["generate", "--help"]).stdout.replace("│", " ").split())
+    assert "FILE.partial, which an interrupted run keeps for --resume if it holds any" in said

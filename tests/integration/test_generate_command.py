@@ -18,9 +18,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 BUDGET = "400MiB"
 
 
-def poise(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def poise(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "poise", *map(str, arguments)]
-    return subprocess.run(argv, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    return subprocess.run(argv, capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=300)
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def _lines(path: Path) -> int:
         (("/no/such/model", "x"), "no such model directory"),
         (("{model}", "--prompts", "{bad}"), "line 2"),
         (("{model}", "--prompts", "{empty}"), "empty"),
-        (("{model}", "--prompts", "{long}"), "context"),
-        (("{model}", "--prompts", "{good}", "--memory", "9MiB"), "at least"),
+        (("{model}", "--prompts", "{long}"), "long.jsonl line 1: it has 300 tokens"),
+        (("{model}", "--prompts", "{good}", "--memory", "9MiB"), "the smallest that works is"),
         (("{model}", "--prompts", "{good}", "--memory", "lots"), "8GiB"),
         (("{model}", "--prompts", "{good}", "--temperature", "-1"), "temperature"),
         (("{model}", "some text", "--memory", BUDGET), "tokenizer"),
@@ -119,9 +119,26 @@ def test_bad_input_gets_one_clear_line(model: Path, tmp_path: Path, arguments: t
         (tmp_path / f"{name}.jsonl").write_text(text)
         places[name] = str(tmp_path / f"{name}.jsonl")
     result = poise("generate", *(argument.format(**places) for argument in arguments))
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("poise: architecture")]
+    plan = ("poise: dtype", "poise: architecture")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(plan)]
     assert result.returncode == 2
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("poise: ")
     assert said in lines[0]
     assert result.stdout == ""
+
+
+def test_experts_are_rounded_once_and_the_dtype_is_said(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text('{"prompt_token_ids": [5, 6, 7]}\n')
+    common = ("generate", checkpoint("qwen3_moe", "float16"), "--prompts", prompts, "--memory", BUDGET, "--json")
+    runs = [poise(*common, "--quantize", "int4", XDG_CACHE_HOME=str(tmp_path / "cache")) for _ in range(2)]
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
+    assert ["relative weight error" in run.stderr for run in runs] == [True, False]
+    for run in runs:
+        assert "\npoise: dtype: " in "\n" + run.stderr
+        assert "checkpoint is float16" in run.stderr
+    first, second = (json.loads(run.stdout) for run in runs)
+    assert first["results"] == second["results"]
+    assert first["plan"]["quantize"] == "int4"
+    assert "Traceback" not in "".join(run.stderr for run in runs)

@@ -85,6 +85,13 @@ CASES = {
     "bf16 experts run in fp32": Case(
         model="qwen3_moe", budget_bytes=170 * MB, jobs=[(1, 8, 3)], options={"dtype": "float32"}
     ),
+    "experts in 4 bits, made first": Case(
+        model="mixtral",
+        budget_bytes=130 * MB,
+        jobs=[(1, 8, 3), (4, 600, 2)],
+        options={"quantize": "int4"},
+        streams=False,
+    ),
     "every token to the same experts": Case(model="skewed", budget_bytes=200 * MB, jobs=[(40, 100, 2)]),
     "a long answer with eager attention": Case(
         model="gpt_oss", budget_bytes=100 * MB, jobs=[(1, 100, 120)], streams=False
@@ -115,7 +122,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int
     root = tmp_path_factory.mktemp("memory")
     paths = {name: write_model(root / name, name) for name in sorted({case.model for case in CASES.values()})}
     work = {name: [str(paths[case.model]), asdict(case)] for name, case in CASES.items()}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(root / "cache")}
     script = subprocess.run(
         [sys.executable, __file__, json.dumps(work)], capture_output=True, text=True, env=environment
     )

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from poise import LLM, SamplingParams
 from poise.engine.runner import ForwardInputs
+from poise.errors import BudgetError
 from tests.conftest import DrawPrompts, MakeCheckpoint, OpenRunner, Reference
 
 ARCHITECTURES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe"]
@@ -58,9 +59,9 @@ Generate = Callable[..., list[Run]]
 @pytest.fixture
 def generate(monkeypatch: pytest.MonkeyPatch) -> Generate:
     """Runs prompts through Poise in small chunks and few rows, so that all that can happen to a prompt happens."""
-    monkeypatch.setattr("poise.plan.memory.CHUNK_TOKENS", (8,))
-    monkeypatch.setattr("poise.plan.memory.BATCH_SIZES", (2,))
-    monkeypatch.setattr("poise.plan.memory.NUM_BATCHES", (2,))
+    monkeypatch.setattr("poise.plan.pipeline.CHUNK_TOKENS", (8,))
+    monkeypatch.setattr("poise.plan.pipeline.BATCH_SIZES", (2,))
+    monkeypatch.setattr("poise.plan.pipeline.NUM_BATCHES", (2,))
 
     def run(
         path: Path, prompts: Sequence[Sequence[int]], *, slots: int | None, ignore_eos: bool, **options: Any
@@ -197,9 +198,11 @@ def all_positions(config: Any, prompts: Sequence[Sequence[int]]) -> ForwardInput
     return ForwardInputs(arguments=arguments, real_T=mask_BT.flatten().bool())
 
 
+@pytest.mark.parametrize("slots", [1, 3], ids=["one-slot", "three-slots"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bf16_is_as_close_to_plain_bf16_as_rounding_allows(
     architecture: str,
+    slots: int,
     checkpoint: MakeCheckpoint,
     reference: Reference,
     draw_prompts: DrawPrompts,
@@ -208,7 +211,7 @@ def test_bf16_is_as_close_to_plain_bf16_as_rounding_allows(
 ) -> None:
     path = checkpoint(architecture, "bfloat16")
     model, exact, prompts = reference(path), reference(path, torch.float32), draw_prompts(LENGTHS)
-    runs = generate(path, prompts, slots=3, ignore_eos=True)
+    runs = generate(path, prompts, slots=slots, ignore_eos=True)
     error_T = torch.cat([errors_T(model, run) for run in runs])
     print(
         f"{architecture}: median {error_T.median():.4f}, above tolerance {(error_T > BF16_TOLERANCE).float().mean():.3f}"
@@ -225,6 +228,32 @@ def test_bf16_is_as_close_to_plain_bf16_as_rounding_allows(
         sure = sure_tokens(plain, 2 * BF16_TOLERANCE * float(run.logits_TV.abs().max()))
         same += run.new_ids[: len(sure)] == sure
     assert same >= len(prompts) - 1, "a swap of experts may change one prompt's tokens, not several"
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_in_the_smallest_budget_a_single_slot_is_left_and_logits_equal_plain_transformers(
+    architecture: str, checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts
+) -> None:
+    path = checkpoint(architecture)
+    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+    expected = [({"prompt_token_ids": ids}, params) for ids in draw_prompts(LENGTHS)]
+    with pytest.raises(BudgetError) as refusal:
+        LLM(path, memory=1, expected=expected)
+    seen: dict[int, list[torch.Tensor]] = {index: [] for index in range(len(expected))}
+    with LLM(path, memory=refusal.value.smallest_bytes, expected=expected) as llm:
+        results = llm.generate(
+            [prompt for prompt, _ in expected],
+            params,
+            on_logits=lambda row, logits_V: seen[row.index].append(logits_V.float()),
+        )
+        assert llm.describe()["expert_slots"] == 1
+    for result in results:
+        run = Run(
+            prompt_ids=list(result.prompt_token_ids),
+            new_ids=list(result.outputs[0].token_ids),
+            logits_TV=torch.stack(seen[result.index]),
+        )
+        assert errors_T(reference(path), run).max() <= FP32_TOLERANCE
 
 
 def plain_logits(model: Any, run: Run) -> torch.Tensor:

@@ -156,11 +156,10 @@ def test_an_expert_takes_the_disk_s_bytes_to_read_and_to_keep(
             progress = llm.last_progress
             assert progress is not None
             facts.append((progress.bytes_read / llm._open().counters.reads, llm._slot_bytes, llm._scratch_bytes))
-    (plain_read, plain_slot, no_scratch), (read, slot, scratch) = facts
+    (plain_read, plain_slot, plain_scratch), (read, slot, scratch) = facts
     assert plain_read / read >= least * 0.9, "whole pages are read"
     assert plain_slot / slot >= least * 0.9
-    assert no_scratch == 0
-    assert scratch >= plain_slot * 0.9, "one expert's weights, counted in the budget"
+    assert scratch - plain_scratch >= plain_slot * 0.9, "one expert's weights, counted in the budget"
 
 
 def test_blocks_that_do_not_divide_a_matrix_are_read_as_the_format_says(

@@ -63,8 +63,11 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> TryClass:
 
 
 @pytest.mark.parametrize("model_type", model_types())
-def test_a_class_of_the_registry_equals_plain_transformers_or_is_refused(model_type: str, tried: TryClass) -> None:
+def test_a_class_of_the_registry_equals_plain_transformers_or_is_refused(
+    model_type: str, tried: TryClass, caplog: pytest.LogCaptureFixture
+) -> None:
     outcome, _ = tried(model_type)
+    assert not [record.getMessage() for record in caplog.records if record.name.startswith("poise")]
     if outcome.kind == "not run by transformers":
         pytest.skip(f"transformers itself cannot run {model_type}: {outcome.line}")
     if outcome.kind == "refused":

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from poise import LLM, SamplingParams
@@ -143,12 +144,33 @@ CASES = {
     "more experts in config": (configure(num_local_experts=12), r"8 experts on disk, 12 in config"),
     "fewer experts in config": (configure(num_local_experts=6), r"8 experts on disk, 6 in config"),
     "dense tensor of another shape": (put(model__layers__0__self_attn__q_proj__weight=torch.zeros(16, 64)), r"q_proj"),
+    "expert is int8": (put(**{EXPERT: torch.ones(32, 64).to(torch.int8)}), r"experts\.3\.up_proj\.weight is I8"),
+    "dense tensor is int8": (put(lm_head__weight=torch.ones(128, 64).to(torch.int8)), r"lm_head\.weight is I8"),
+    "expert is scaled fp8 undeclared": (
+        put(**{EXPERT: torch.ones(32, 64).to(torch.float8_e4m3fn)}),
+        r"experts\.3\.up_proj\.weight is F8_E4M3, .* without a quantization_config",
+    ),
     "expert is a scalar": (put(**{EXPERT: torch.zeros(())}), r"experts\.3\.up_proj"),
     "header is a list": (rewrite_header(lambda header: [header]), r"model\.safetensors"),
     "entry with offsets of text": (damaged_entry(data_offsets=["a", "b"]), r"model\.safetensors"),
     "index names a number": (lambda root: write_index(root, {"lm_head.weight": 3}), r"index\.json"),
     "tokenizer is not JSON": (write("tokenizer.json", b"{"), r"tokenizer"),
     "more layers in config": (configure(num_hidden_layers=3), r"nothing for model\.layers\.2\.mlp\.experts"),
+    "more chosen than there are experts": (
+        configure(num_experts_per_tok=64),
+        r"num_experts_per_tok in config\.json is 64; the model has 8 experts in a layer: it must be 1 to 8",
+    ),
+    "no expert chosen": (configure(num_experts_per_tok=0), r"num_experts_per_tok in config\.json is 0; .* 1 to 8"),
+    "end token is text": (
+        write("generation_config.json", b'{"eos_token_id": "x"}'),
+        r"generation_config\.json has eos_token_id 'x'; it must be a token id",
+    ),
+    "end tokens are text": (
+        write("generation_config.json", b'{"eos_token_id": [2, "x"]}'),
+        r"generation_config\.json has eos_token_id \[2, 'x'\]; it must be a token id",
+    ),
+    "end token is a fraction": (configure(eos_token_id=2.5), r"config\.json"),
+    "end token is an object": (write("generation_config.json", b'{"eos_token_id": {"a": 1}}'), r"eos_token_id"),
     "a value of the wrong type in config": (configure(hidden_size="x"), r"hidden_size"),
     "a value that cannot be in config": (configure(hidden_size=-64), r"config\.json"),
 }
@@ -191,47 +213,59 @@ def test_a_dense_model_is_refused_by_its_type(checkpoint: MakeCheckpoint) -> Non
     assert "'llama' has no experts" in refusal_of(checkpoint("llama"))
 
 
-def test_a_refused_budget_says_the_smallest_and_that_one_works(root: Path) -> None:
-    prompt: Prompt = {"prompt_token_ids": [5, 6, 7]}
-    params = SamplingParams(max_tokens=3, ignore_eos=True)
-    with pytest.raises(BudgetError) as to_load:
+def test_the_first_refusal_of_a_budget_names_one_that_works(root: Path) -> None:
+    """Before anything is loaded; it is enough for a short prompt and the answer that is given to it unasked."""
+    with pytest.raises(BudgetError) as refusal:
         LLM(root, memory=1)
-    with LLM(root, memory=to_load.value.smallest_bytes) as llm, pytest.raises(BudgetError) as to_run:
-        llm.generate(prompt, params)
-    assert to_run.value.smallest_bytes > to_load.value.smallest_bytes
-    with LLM(root, memory=to_run.value.smallest_bytes) as llm:
-        assert len(llm.generate(prompt, params)[0].outputs[0].token_ids) == 3
-    with LLM(root, memory=to_run.value.smallest_bytes - 1) as llm, pytest.raises(BudgetError):
-        llm.generate(prompt, params)
-    for refusal in (to_load, to_run):
-        assert str(refusal.value.smallest_bytes) in str(refusal.value)
-        assert "\n" not in str(refusal.value)
+    assert str(refusal.value.smallest_bytes) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    with LLM(root, memory=refusal.value.smallest_bytes) as llm:
+        assert len(llm.generate({"prompt_token_ids": [5] * 64}, SamplingParams(ignore_eos=True))) == 1
 
 
-@pytest.mark.parametrize(
-    ("ids", "max_tokens", "pattern"),
-    [
-        ([], 1, "it is empty"),
-        ([5, 128], 1, "token id 128; the model's vocabulary has 0 to 127"),
-        ([5, -1], 1, "token id -1"),
-        ([5] * 257, 1, "257 tokens and asks for 1 more; the model's context is 256"),
-        ([5] * 200, 57, "200 tokens and asks for 57 more; the model's context is 256"),
-    ],
-    ids=["empty", "id too large", "negative id", "prompt too long", "answer too long"],
-)
-def test_a_prompt_that_cannot_run_is_refused_by_its_place_and_the_others_can_go_on(
-    ids: list[int], max_tokens: int, pattern: str, root: Path
+def test_of_a_budget_for_known_prompts_the_first_refusal_names_the_smallest_that_works(root: Path) -> None:
+    params = SamplingParams(max_tokens=50, ignore_eos=True)
+    prompts: list[Prompt] = [{"prompt_token_ids": [5] * length} for length in (3, 200, 7)]
+    expected = [(prompt, params) for prompt in prompts]
+    with pytest.raises(BudgetError) as refusal:
+        LLM(root, memory=1, expected=expected)
+    smallest = refusal.value.smallest_bytes
+    with LLM(root, memory=smallest, expected=expected) as llm:
+        assert [len(each.outputs[0].token_ids) for each in llm.generate(prompts, params)] == [50, 50, 50]
+    with pytest.raises(BudgetError) as again:
+        LLM(root, memory=smallest - 1, expected=expected)
+    assert again.value.smallest_bytes == smallest
+    with LLM(root, memory=smallest - 1) as llm:
+        with pytest.raises(BudgetError) as late:
+            llm.generate(prompts, params)
+        assert late.value.smallest_bytes == smallest
+        assert len(llm.generate(prompts[0], params)) == 1
+
+
+def test_what_is_wrong_with_a_known_prompt_is_said_before_weights_are_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = SamplingParams(max_tokens=max_tokens)
+    monkeypatch.setattr("poise.engine.llm.load_resident", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(PromptError, match="prompt 1: it has token id 128"):
+        LLM(root, memory="1GiB", expected=[({"prompt_token_ids": [ids]}, SamplingParams()) for ids in (5, 128)])
+
+
+@pytest.mark.parametrize("token", [-1, 128])
+def test_an_end_token_outside_the_vocabulary_pads_nothing(token: int, root: Path) -> None:
+    write("generation_config.json", json.dumps({"eos_token_id": [token]}).encode())(root)
     with LLM(root, memory="1GiB") as llm:
-        with pytest.raises(PromptError, match=f"prompt 1: .*{pattern}"):
-            llm.generate([{"prompt_token_ids": [5]}, {"prompt_token_ids": ids}], params)
-        assert len(llm.generate({"prompt_token_ids": [5] * 199}, params)) == 1
+        prompts: list[Prompt] = [{"prompt_token_ids": [5]}, {"prompt_token_ids": [5, 6, 7]}]
+        assert len(llm.generate(prompts, SamplingParams(max_tokens=2))) == 2
 
 
-def test_text_without_a_tokenizer_is_refused_with_the_remedy(root: Path) -> None:
-    with LLM(root, memory="1GiB") as llm, pytest.raises(PromptError, match="no tokenizer; give prompt_token_ids"):
-        llm.generate("def main():")
+@pytest.mark.parametrize("shown", [True, False])
+def test_transformers_progress_bars_are_left_as_the_user_has_them(shown: bool, root: Path) -> None:
+    try:
+        (transformers.logging.enable_progress_bar if shown else transformers.logging.disable_progress_bar)()
+        LLM(root, memory="1GiB").close()
+        assert transformers.logging.is_progress_bar_enabled() == shown
+    finally:
+        transformers.logging.disable_progress_bar()
 
 
 def test_a_closed_llm_says_so_and_may_be_closed_again(root: Path) -> None:
@@ -246,10 +280,14 @@ def test_a_closed_llm_says_so_and_may_be_closed_again(root: Path) -> None:
     ("option", "pattern"),
     [
         ({"dtype": "int3"}, "dtype 'int3'"),
+        ({"quantize": "int3"}, "quantize 'int3' is not supported; choose one of none, int4"),
         ({"device": "tpu"}, "device 'tpu'"),
         ({"expert_slots": 0}, "expert_slots is 0"),
         ({"memory": "lots"}, "memory size 'lots'"),
         ({"memory": 0}, "must be positive"),
+        ({"memory": 1.5e9}, "memory size 1500000000.0 is neither"),
+        ({"memory": None}, "memory size None is neither"),
+        ({"memory": True}, "memory size True is neither"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_with_its_value(option: dict[str, Any], pattern: str, root: Path) -> None:

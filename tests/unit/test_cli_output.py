@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.cli.output import ResultFile, fingerprint, finished_lines, journal_path
+from poise.cli.output import FinishedResults, ResultFile, fingerprint, finished_results, journal_path
 from poise.errors import PoiseError, UsageError
 
 IDENTITY = {"model": "/m", "prompts": fingerprint(["a", "b"])}
@@ -223,15 +224,39 @@ def test_a_result_is_one_line_for_every_reader_and_keeps_its_characters(tmp_path
     assert "ü" in text
 
 
+HEADS = [{"index": index, "prompt": f"p{index}"} for index in range(2)]
+
+
 def test_a_finished_output_is_recognised_by_its_prompts(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    heads = [{"index": index, "prompt": f"p{index}"} for index in range(2)]
-    assert finished_lines(path, heads) is None
+    assert finished_results(path, HEADS, IDENTITY) is None
     complete_run(path, 2)
-    assert finished_lines(path, heads) == [line(0), line(1)]
-    for others in (heads[:1], [*heads, heads[0]], [heads[0], {"index": 1, "prompt": "other"}]):
+    for others in (HEADS[:1], [*HEADS, HEADS[0]], [HEADS[0], {"index": 1, "prompt": "other"}]):
         with pytest.raises(UsageError, match="holds the results of other prompts; use --overwrite"):
-            finished_lines(path, others)
+            finished_results(path, others, IDENTITY)
     path.write_text("no JSON\n")
     with pytest.raises(UsageError, match="holds the results of other prompts"):
-        finished_lines(path, heads[:1])
+        finished_results(path, HEADS[:1], IDENTITY)
+
+
+def test_a_finished_output_of_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    complete_run(path, 2)
+    if "user.poise.identity" not in os.listxattr(path):
+        pytest.skip(f"the file system of {tmp_path} keeps no attributes")
+    assert finished_results(path, HEADS, IDENTITY) == FinishedResults(lines=[line(0), line(1)], is_same_run=True)
+    other = {**IDENTITY, "model": "/other"}
+    with pytest.raises(
+        UsageError, match="holds the results of a run with other model; use --overwrite, or name another"
+    ):
+        finished_results(path, HEADS, other)
+    with pytest.raises(UsageError, match="with other model and sampling options; use"):
+        finished_results(path, HEADS, {**other, "sampling options": "new"})
+
+
+def test_a_finished_output_that_does_not_say_its_run_is_known_by_its_prompts_alone(tmp_path: Path) -> None:
+    complete_run(tmp_path / "out.jsonl", 2)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((tmp_path / "out.jsonl").read_bytes())
+    known = FinishedResults(lines=[line(0), line(1)], is_same_run=False)
+    assert finished_results(copy, HEADS, {**IDENTITY, "model": "/other"}) == known

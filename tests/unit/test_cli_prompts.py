@@ -87,7 +87,7 @@ def test_a_text_file_is_a_prompt_a_line_spaces_kept(tmp_path: Path) -> None:
         ('{"prompt": "x", "max_tokens": true}', "max_tokens is true; it must be an integer"),
         ('{"prompt": "x", "max_tokens": null}', "max_tokens is null; it must be an integer"),
         ('{"prompt": "x", "max_tokens": 0}', "in.jsonl line 2: max_tokens is 0; it must be at least 1"),
-        ('{"prompt": "x", "temperature": 1e999}', "temperature is inf; it must be 0 (greedy) or more"),
+        ('{"prompt": "x", "temperature": 1e999}', "temperature is inf; it must be 0 (greedy), or 1e-06 or more"),
         ('{"prompt": "x", "temperature": 1' + "0" * 400 + "}", "line 2: "),
         ('{"prompt": "x", "top_p": 0}', "top_p is 0.0; it must be above 0"),
         ('{"prompt": "x", "stop": ["a", 1]}', "stop holds 1; it must hold strings"),

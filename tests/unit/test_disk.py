@@ -10,8 +10,8 @@ import pytest
 
 from poise.bench.direct_read import PatternRate, ReadPattern, huge_page_buffer, measure_patterns
 from poise.bench.disk import best_of, scratch_file
-from poise.bench.mounts import in_memory
 from poise.errors import UsageError
+from poise.profile.mounts import in_memory
 from poise.units import MIB
 
 SEQUENTIAL = ReadPattern(order="sequential", block_bytes=MIB, threads=1)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from poise import LLM, RequestOutput, SamplingParams
 from poise.engine.choose import choose_token, make_generator
 from poise.engine.text import TextStream
-from poise.errors import UsageError
+from poise.errors import PromptError, UsageError
 from tests.conftest import DrawPrompts, MakeCheckpoint
 
 CORPUS = [
@@ -147,6 +147,18 @@ def test_a_stop_string_ends_the_text_before_it_and_no_part_of_it_is_shown(llm: L
         assert completion.text == whole.text[: whole.text.index(stop)] == "".join(piece for _, piece in pieces)
         assert completion.finish_reason == "stop"
         assert completion.token_ids == whole.token_ids[: len(completion.token_ids)]
+
+
+def test_a_text_that_is_too_long_is_refused_by_us_and_spoken_of_by_nobody_else(
+    llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm.tokenizer.model_max_length = 100
+    with (
+        caplog.at_level("WARNING", logger="transformers"),
+        pytest.raises(PromptError, match="the model's context is 256"),
+    ):
+        llm.generate("def main():\n" * 200)
+    assert not caplog.records
 
 
 TOKENIZER = train_tokenizer()

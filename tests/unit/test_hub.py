@@ -53,6 +53,15 @@ def snapshot_of(cache: Path) -> Path:
     return cache / "models--some-lab--tiny-moe" / "snapshots" / COMMIT
 
 
+@pytest.mark.parametrize("model", ["", None, 5])
+def test_what_names_no_model_is_refused_and_is_not_the_current_directory(
+    model: Any, checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoint("qwen3_moe"))
+    with pytest.raises(CheckpointError, match=rf"model {model!r} names nothing; give a folder with config\.json"):
+        LLM(model, memory="1GiB")
+
+
 def test_a_snapshot_of_links_in_the_cache_is_used_as_it_is(cache: Path) -> None:
     assert find_model(MODEL) == snapshot_of(cache)
     with LLM(MODEL, memory="1GiB") as llm:
@@ -87,9 +96,7 @@ def test_a_directory_comes_before_an_id_of_the_same_name(
     assert find_model(MODEL) == Path(MODEL)
 
 
-@pytest.mark.parametrize(
-    "model", ["nowhere", "/no/where", "./no/where", "a/b/c", "../model", "~/x", "C:\\x", "a//b", ""]
-)
+@pytest.mark.parametrize("model", ["nowhere", "/no/where", "./no/where", "a/b/c", "../model", "~/x", "C:\\x", "a//b"])
 def test_what_cannot_be_an_id_is_a_path(model: str, cache: Path) -> None:
     assert find_model(model) == Path(model)
 

@@ -197,3 +197,23 @@ def test_tool_changes_settings(tool: Any, tmp_path: Path) -> None:
         tool.read_config(tmp_path / "config.json", ["num_expert=4"])
     with pytest.raises(CheckpointError, match="cannot be read"):
         tool.read_config(tmp_path / "missing.json", [])
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("num_hidden_layers=abc", "num_hidden_layers=abc is no number of layers; write one of at least 1"),
+        ("num_hidden_layers=2.5", "num_hidden_layers=2.5 is no number of layers"),
+        ("num_hidden_layers=0", "num_hidden_layers=0 is no number of layers"),
+        ("hidden_size=abc", "--set hidden_size=abc makes no configuration: .*hidden_size"),
+        ("layer_types=5", "--set layer_types=5 makes no configuration"),
+        ("dtype=x", "--set dtype=x makes no configuration"),
+    ],
+)
+def test_tool_refuses_a_setting_that_cannot_be_in_one_line(
+    tool: Any, tmp_path: Path, setting: str, complaint: str
+) -> None:
+    CONFIGS["gpt-oss"].save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=complaint) as refusal:
+        tool.read_config(tmp_path, [setting])
+    assert "\n" not in str(refusal.value)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from poise.engine.footprint import resident_bytes
+from poise.errors import ReadError
 from poise.offload.arena import Arena
 from poise.offload.reader import Reader
 
@@ -60,6 +65,55 @@ def test_a_direct_read_that_is_refused_after_opening_falls_back_for_every_file(
         assert read_with(reader, files, [4096] * count) == contents
     assert len(caplog.records) == 1
     assert not reader.is_direct
+
+
+def test_two_threads_that_are_refused_at_once_on_one_file_both_fall_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real refusal, held back until both threads have had it: the second then finds O_DIRECT turned off already."""
+    file, content = tmp_path / "file.bin", os.urandom(8192)
+    file.write_bytes(content)
+    reader = Reader([file], threads=2)
+    if not reader.is_direct:
+        reader.close()
+        pytest.skip(f"{tmp_path} does not take O_DIRECT at all")
+    preadv, both, calls = os.preadv, threading.Barrier(2, timeout=10), itertools.count()
+
+    def refused_together(*arguments: Any) -> int:
+        try:
+            return preadv(*arguments)
+        finally:
+            if next(calls) < 2:
+                both.wait()
+
+    monkeypatch.setattr("os.preadv", refused_together)
+    assert read_with(reader, [file, file], [4096, 8192]) == [content[:4096], content]
+    assert not reader.is_direct
+
+
+def test_a_file_system_that_does_not_support_direct_reads_is_read_through_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EOPNOTSUPP, as some network and FUSE file systems answer instead of EINVAL."""
+    file = tmp_path / "file.bin"
+    file.write_bytes(b"x" * 4096)
+    plain_open = os.open
+
+    def unsupported(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return plain_open(path, flags, *more, **options)
+
+    monkeypatch.setattr("os.open", unsupported)
+    assert read_with(Reader([file], threads=1), [file], [4096]) == [b"x" * 4096]
+
+
+def test_a_file_that_cannot_be_opened_leaves_no_other_open(tmp_path: Path) -> None:
+    (tmp_path / "file.bin").write_bytes(b"x")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ReadError, match=r"none\.bin cannot be opened: No such file"):
+        Reader([tmp_path / "file.bin", tmp_path / "none.bin"], threads=1)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def read_with(reader: Reader, files: Sequence[Path], sizes: Sequence[int]) -> list[bytes]:

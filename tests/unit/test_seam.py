@@ -18,7 +18,7 @@ from poise.engine.loop import Listeners, Loop, OnProgress
 from poise.engine.runner import ForwardInputs, Runner
 from poise.engine.sampling import SamplingParams
 from poise.model.seam import Forward
-from poise.plan.memory import MemoryPlan
+from poise.plan.group import GroupShape
 from tests.conftest import DrawPrompts, MakeCheckpoint, OpenRunner, Reference
 
 ATTENTION = ["mixtral", "mixtral_sliding", "gpt_oss"]
@@ -38,15 +38,16 @@ def generate(
     on_pass: OnProgress | None = None,
 ) -> list[tuple[list[int], torch.Tensor]]:
     """Greedy, with this shape of batches. Of every prompt: its ids and the new ones, and the logits that chose those."""
-    nothing = dict.fromkeys(("budget_bytes", "dense_bytes", "cache_bytes", "activation_bytes", "experts_bytes"), 0)
-    plan = MemoryPlan(batch_size=batch_size, num_batches=num_batches, chunk_tokens=chunk, num_slots=1, **nothing)
+    group = GroupShape(
+        batch_size=batch_size, num_batches=num_batches, chunk_tokens=chunk, pass_tokens=batch_size * num_batches * chunk
+    )
     lengths = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
     rows = [
         Row(index, ids, SamplingParams(max_tokens=length, ignore_eos=True), None)
         for index, (ids, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
     seen: dict[int, list[torch.Tensor]] = {row.index: [] for row in rows}
-    loop = Loop(runner, plan, rows, eos=frozenset(), pad_id=0, device=torch.device("cpu"))
+    loop = Loop(runner, group, rows, eos=frozenset(), pad_id=0, device=torch.device("cpu"))
     loop.run(
         Listeners(
             on_row=lambda row: None,

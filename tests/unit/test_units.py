@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,6 +40,23 @@ def test_what_is_no_size_is_refused_with_the_value_and_an_example(text: str) -> 
         parse_bytes(text)
     assert repr(text) in str(refusal.value)
     assert "8GiB" in str(refusal.value)
+
+
+@pytest.mark.parametrize("size", [1.5e9, None, True, False, b"8GiB", ["8GiB"]])
+def test_what_is_neither_text_nor_a_whole_number_is_refused_with_the_value(size: Any) -> None:
+    with pytest.raises(UsageError) as refusal:
+        parse_bytes(size)
+    assert str(refusal.value).startswith(
+        f"memory size {size!r} is neither a text nor a whole number of bytes; write 8GiB"
+    )
+
+
+@pytest.mark.parametrize("size", ["9" * 400 + "GiB", "9" * 5000, "2000PB", "1048577TiB", 1 << 61, 10**400])
+def test_a_size_beyond_all_memory_is_refused_in_a_short_line(size: str | int) -> None:
+    with pytest.raises(UsageError) as refusal:
+        parse_bytes(size)
+    assert "8GiB" in str(refusal.value)
+    assert len(str(refusal.value)) < 160
 
 
 @pytest.mark.parametrize("size", ["0", "0GiB", 0, -1, "0.2"])

@@ -225,6 +225,18 @@ def test_refuses_what_does_not_divide_exactly_or_agree(qwen3: Path, tmp_path: Pa
     assert not (tmp_path / "wide").exists()
 
 
+def test_the_tool_refuses_bad_input_in_one_line_and_draws_no_bar(qwen3: Path, tmp_path: Path) -> None:
+    tool = Path(__file__).parents[2] / "tools" / "widen.py"
+    for source, factor, complaint in [(tmp_path, "2", "config.json is missing"), (qwen3, "3", "is not a power of two")]:
+        argv = [sys.executable, str(tool), str(source), str(tmp_path / "wide"), "--factor", factor]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.startswith("widen: ")
+        assert complaint in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_memory_stays_small(tmp_path: Path) -> None:
     """Tensors of 64 MiB are written by a process that grows by less than 48 MiB."""
     width, hidden, factor = 1024, 2048, 16

@@ -16,6 +16,13 @@ from poise.errors import UsageError
 BENCHMARKS = MappingProxyType(
     {
         "disk": "poise.bench.disk",
+        "int4": "poise.bench.int4",
+        "kv": "poise.bench.kv_stream",
+        "offload": "poise.bench.offload.paper",
+        "offload-ablation": "poise.bench.offload.ablation",
+        "offload-alike": "poise.bench.offload.like_for_like",
+        "prefetch": "poise.bench.prefetch",
+        "prefetch-engine": "poise.bench.prefetch_engine",
         "reader": "poise.bench.reader",
     }
 )

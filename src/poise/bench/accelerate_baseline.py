@@ -1,7 +1,7 @@
-"""The baseline: greedy generation with plain transformers and Accelerate's disk offload, set up as a careful user would.
+"""The baseline: generation with plain transformers and Accelerate's disk offload, set up as a careful user would.
 
     python -m poise.bench.accelerate_baseline --model DIR --memory BYTES --prompts F.jsonl --max-tokens N \
-        --batch-size B --offload-folder D [--max-time S] [--ignore-eos]
+        --batch-size B --offload-folder D [--max-time S] [--sample-seed N] [--ignore-eos]
 
 Runs as a process of its own and prints one JSON line: ``load_s``, ``prefill_s``, ``decode_s``, ``generated_tokens``,
 ``results`` (text and token ids per prompt, up to and with the end-of-sequence token), ``peak_bytes`` (largest resident
@@ -40,7 +40,8 @@ class Batch:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, generate, print the JSON line."""
     options = _parser().parse_args(arguments)
-    prompts = [json.loads(line)["prompt"] for line in options.prompts.read_text().splitlines() if line.strip()]
+    lines = [json.loads(line) for line in options.prompts.read_text().splitlines() if line.strip()]
+    prompts = [line["prompt"] if "prompt" in line else line["prompt_token_ids"] for line in lines]
     start_s = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     if tokenizer.pad_token is None:
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prompts[first : first + options.batch_size],
             max_new_tokens=options.max_tokens,
             max_time=options.max_time,
+            sample_seed=options.sample_seed,
             **({"eos_token_id": None} if options.ignore_eos else {}),
         )
         for first in range(0, len(prompts), options.batch_size)
@@ -88,11 +90,22 @@ def load(directory: Path, memory_bytes: int, offload_folder: Path) -> Any:
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: Any, prompts: Sequence[str], **limits: Any) -> Batch:
-    """Continue ``prompts`` greedily as one left-padded batch. ``limits`` are those of transformers' ``generate``."""
-    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True)
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[str | list[int]], *, sample_seed: int | None = None, **limits: Any
+) -> Batch:
+    """Continue ``prompts``, texts or token ids, as one left-padded batch; greedily, or sampled at temperature 1.
+
+    ``limits`` are those of transformers' ``generate``.
+    """
+    ids = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in prompts]
+    encoded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    if sample_seed is not None:
+        torch.manual_seed(sample_seed)
+        limits |= {"temperature": 1.0, "top_k": 0}
     clock = _StepClock()
-    tokens = model.generate(**encoded, **limits, do_sample=False, pad_token_id=tokenizer.pad_token_id, streamer=clock)
+    tokens = model.generate(
+        **encoded, **limits, do_sample=sample_seed is not None, pad_token_id=tokenizer.pad_token_id, streamer=clock
+    )
     eos = _ids(limits.get("eos_token_id", model.generation_config.eos_token_id))
     rows = [_until_eos(row, eos) for row in tokens[:, encoded["input_ids"].shape[1] :].tolist()]
     return Batch(
@@ -148,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=4, metavar="B")
     parser.add_argument("--offload-folder", type=Path, required=True, metavar="D")
     parser.add_argument("--max-time", type=float, metavar="S", help="end a batch with the step that passes this")
+    parser.add_argument("--sample-seed", type=int, metavar="N", help="sample at temperature 1 instead of greedily")
     parser.add_argument("--ignore-eos", action="store_true", help="generate on after the end-of-sequence token")
     return parser
 

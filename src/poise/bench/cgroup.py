@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from poise.bench.mounts import Mount, mounts
+from poise.profile.mounts import Mount, mounts
 
 Controller = Literal["memory", "io"]
 

@@ -27,9 +27,9 @@ from poise.bench.direct_read import ReadPattern, measure_patterns
 from poise.bench.disk import best_of, require_disk, scratch_file
 from poise.bench.limits import ChildResult, Limits, forget_cached
 from poise.bench.machine import stamp
-from poise.bench.mounts import in_memory
 from poise.bench.results import document
 from poise.errors import CheckpointError, PoiseError
+from poise.profile.mounts import in_memory
 from poise.units import MIB
 
 PROMPTS = (
@@ -223,9 +223,9 @@ def _directory(source: Path) -> Path:
 
 
 def _environment() -> dict[str, str]:
-    """The same for both contenders. Spinning OpenMP threads, torch's default, lose most of a machine that is not idle."""
+    """The same for both contenders. OpenMP threads that spin for long lose most of a machine that is not idle."""
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | quiet
+    return {"GOMP_SPINCOUNT": "10000"} | os.environ | quiet
 
 
 @contextmanager

@@ -28,9 +28,9 @@ from rich.table import Table
 from poise.bench.direct_read import PatternRate, ReadPattern, measure_patterns
 from poise.bench.limits import forget_cached
 from poise.bench.machine import stamp
-from poise.bench.mounts import in_memory, mount_of
 from poise.bench.results import document, write_result
 from poise.errors import UsageError
+from poise.profile.mounts import in_memory, mount_of
 from poise.units import GIB, KIB, MIB, format_bytes
 
 NAME = "disk"

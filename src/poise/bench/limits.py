@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from poise.bench import cgroup
-from poise.bench.mounts import block_device
+from poise.profile.mounts import block_device
 from poise.units import format_bytes
 
 _POLL_S = 0.02

@@ -17,9 +17,10 @@ from importlib import metadata
 from pathlib import Path
 
 import poise
+from poise.profile.hardware import cpu_model, memory_bytes
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +53,9 @@ def stamp(
     commit, dirty = _commit(Path(poise.__file__).parent)
     return Stamp(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         cores=len(os.sched_getaffinity(0)),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=memory_bytes(),
         kernel=f"{platform.system()} {platform.release()}",
         versions=_versions(),
         commit=commit,
@@ -63,16 +64,6 @@ def stamp(
         limits_enforced=tuple(limits_enforced),
         limits_missing=tuple(limits_missing),
     )
-
-
-def _cpu_model() -> str:
-    """From ``/proc/cpuinfo``; some ARM kernels give no name there, then the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine()
 
 
 def _versions() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The `poise` command.
 
 Contract: `main()` never shows a user a traceback for something that they can put right. It prints one line on stderr
-that starts with ``poise: `` and exits with 2 for bad input, 1 when reading or writing failed, 130 after Ctrl-C.
+that starts with ``poise: `` and exits with 2 for bad input, 1 when reading or writing failed, 130 after Ctrl-C, 143 after
+SIGTERM, which ends a run as tidily as Ctrl-C does.
 An error in Poise itself does end in a traceback: it is a bug, and the traceback is what a report of it needs.
 Not here: the commands (`app`), and anything that loads torch before a command needs it.
 """
@@ -10,8 +11,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
@@ -28,9 +32,37 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character must not end a run
-    # Before torch loads: OpenMP threads that spin while they wait take the core that reads and routing need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(_run(arguments))
+    # Before torch loads: OpenMP threads that spin for long take the core that reads and routing need; those that sleep at
+    # once wake late (decision 013).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    with _terminated_like_ctrl_c() as terminated:
+        code = _run(arguments)
+    sys.exit(128 + signal.SIGTERM if terminated and code == 130 else code)
+
+
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[list[int]]:
+    """SIGTERM becomes a KeyboardInterrupt, and is noted in the list. A second one does not disturb the tidying up.
+
+    Left as it is where it is ignored, and off the main thread, where no signal can be handled.
+    """
+    terminated: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield terminated
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -56,7 +56,11 @@ PromptFile = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Write results to this JSONL file, in order of input, once all are there."),
+    typer.Option(
+        metavar="FILE",
+        help="Write results to this JSONL file, in order of input, once all are there. Until then they are in FILE.partial, "
+        "which an interrupted run keeps for --resume if it holds any.",
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run that wrote to --output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --output, and forget an interrupted run to it.")]
@@ -71,7 +75,16 @@ Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: a
 Dtype = Annotated[
     str,
     typer.Option(
-        metavar="DTYPE", help="Number type to compute in: auto (the checkpoint's), bfloat16, float16, float32."
+        metavar="DTYPE",
+        help="Number type to compute in: auto (the checkpoint's, unless this device is far slower at it), bfloat16, "
+        "float16, float32.",
+    ),
+]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        metavar="none|int4",
+        help="int4: round the experts to 4 bits, once, into a copy in the cache directory (~/.cache/poise), and run from that.",
     ),
 ]
 Temperature = Annotated[float, typer.Option(metavar="T", help="Randomness of the choice of tokens; 0 is greedy.")]
@@ -99,6 +112,7 @@ def generate(
     memory: Memory = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = "none",
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = None,
@@ -133,6 +147,7 @@ def generate(
             memory=memory,
             device=device,
             dtype=dtype,
+            quantize=quantize,
             sampling=sampling,
             json_output=json_output,
         )
@@ -145,6 +160,60 @@ def demo(json_output: Json = False) -> None:
     from poise.bench.demo import run_demo
 
     run_demo(json_output=json_output)
+
+
+@app.command(epilog="Example: poise profile ./OLMoE-1B-7B --output machine.json --report machine.html")
+def profile(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Checkpoint whose shapes to measure; else those of common models."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the machine to this JSON file.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the curves on this HTML page.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Measures this machine: time against tokens of a model's experts, attention, gate and head; memory; disk.
+
+    Each figure is a median; ± is its 95 % interval, followed by ? where time was up before it was within 5 %. With fewer
+    than 6 runs there is none.
+    """
+    from poise.cli.profile import run_profile
+
+    run_profile(model=model, output=output, report=report, json_output=json_output)
+
+
+@app.command(epilog="Example: poise record ./OLMoE-1B-7B --prompts in.jsonl --output trace.safetensors --memory 4GiB")
+def record(
+    model: Model,
+    prompts: Annotated[
+        str, typer.Option(metavar="FILE", help="Prompts, as `poise generate --prompts` reads them: .jsonl, .txt, or -.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Write the routing trace to this file (safetensors).")],
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the correlation table, from which is read ahead.")
+    ] = None,
+    max_tokens: MaxTokens = 64,
+    memory: Memory = "auto",
+    json_output: Json = False,
+) -> None:
+    """Runs prompts and records how many tokens each expert gets, layer by layer and pass by pass.
+
+    Every token counts, those of the prompts and those generated; padding does not.
+    """
+    from poise.cli.record import RecordOptions, run_record
+
+    sampling = SamplingParams(max_tokens=max_tokens)
+    run_record(
+        RecordOptions(
+            model=model,
+            prompt_file=prompts,
+            output=output,
+            table=table,
+            memory=memory,
+            sampling=sampling,
+            json_output=json_output,
+        )
+    )
 
 
 @app.command(epilog="Example: poise bench reader --output benchmarks/results")

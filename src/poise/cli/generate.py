@@ -11,23 +11,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poise.cli.output import ResultFile, fingerprint, finished_lines, output_line
-from poise.cli.prompts import PromptRequest, read_requests
-from poise.engine.request import Progress, RequestOutput
+from poise.cli.output import ResultFile, fingerprint, finished_results, output_line
+from poise.cli.progress import Bar, PlainLines, say
+from poise.cli.prompts import PromptRequest, place_of, read_requests
+from poise.engine.request import QUANTIZATIONS, Progress, RequestOutput
 from poise.engine.sampling import SamplingParams
 from poise.errors import PromptError, UsageError
 from poise.units import format_bytes, format_s, parse_bytes
 
 if TYPE_CHECKING:
     from poise.engine.llm import LLM
-
-SECONDS_BETWEEN_LINES = 10.0
-"""How often progress is reported where there is no terminal to draw a bar on."""
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
@@ -47,6 +46,7 @@ class GenerateOptions:
     memory: str
     device: str
     dtype: str
+    quantize: str
     sampling: SamplingParams
     json_output: bool
 
@@ -56,6 +56,8 @@ class GenerateOptions:
             raise UsageError("--resume and --overwrite contradict each other; give one of them")
         if self.output is None and (self.resume or self.overwrite):
             raise UsageError("--resume and --overwrite are about an output file; name it with --output")
+        if self.quantize not in QUANTIZATIONS:
+            raise UsageError(f"quantize {self.quantize!r} is not supported; choose one of {', '.join(QUANTIZATIONS)}")
         if self.memory != "auto":
             parse_bytes(self.memory)
 
@@ -68,13 +70,16 @@ def run_generate(options: GenerateOptions) -> None:
         _generate(options, requests, None)
         return
     heads = [request.head(index) for index, request in enumerate(requests)]
-    done = finished_lines(options.output, heads) if options.resume else None
-    if done is not None:
-        _say(f"all done: the {len(done)} results are in {options.output}")
-        if options.json_output:
-            _print_json(done, None, None)
-        return
     identity = _identity(options, requests, heads)
+    done = finished_results(options.output, heads, identity) if options.resume else None
+    if done is not None:
+        unknown = (
+            "" if done.is_same_run else "; the file does not say of which model and sampling: compared were the prompts"
+        )
+        say(f"all done: the {len(done.lines)} results are in {options.output}{unknown}")
+        if options.json_output:
+            _print_json(done.lines, None, None)
+        return
     with ResultFile(
         options.output, total=len(requests), identity=identity, resume=options.resume, overwrite=options.overwrite
     ) as results:
@@ -99,8 +104,9 @@ def _identity(
 ) -> dict[str, str]:
     """What results depend on. Memory and device are left out: an interrupted run may continue with more of them."""
     return {
-        "model": os.path.realpath(options.model),
+        "model": os.path.realpath(options.model) if os.path.exists(options.model) else options.model,
         "dtype": options.dtype,
+        "quantize": options.quantize,
         "prompts": fingerprint(heads),
         "sampling options": fingerprint([asdict(request.sampling) for request in requests]),
     }
@@ -117,23 +123,31 @@ def _generate(options: GenerateOptions, requests: Sequence[PromptRequest], file:
             view.bar.show(f"loading {options.model}", done=len(finished), now_s=0.0)
             from poise.engine.llm import LLM
 
-            with LLM(options.model, memory=options.memory, device=options.device, dtype=options.dtype) as llm:
+            asked = [(requests[index].for_engine(), requests[index].sampling) for index in pending]
+            with LLM(
+                options.model,
+                memory=options.memory,
+                device=options.device,
+                dtype=options.dtype,
+                quantize=options.quantize,
+                on_made=view.on_made,
+                expected=asked,
+            ) as llm:
                 view.bar.clear()
-                _say(_header(llm.describe()))
-                try:
-                    llm.generate(
-                        [requests[index].for_engine() for index in pending],
-                        [requests[index].sampling for index in pending],
-                        on_text=view.on_text if view.streams else None,
-                        on_result=view.on_result,
-                        on_progress=view.on_progress,
-                    )
-                except PromptError as error:
-                    raise _placed(error, pending, options.prompt_file) from None
+                _say_header(llm.describe())
+                llm.generate(
+                    [prompt for prompt, _ in asked],
+                    [sampling for _, sampling in asked],
+                    on_text=view.on_text if view.streams else None,
+                    on_result=view.on_result,
+                    on_progress=view.on_progress,
+                )
                 stats, plan = _stats(llm), llm.describe()
+        except PromptError as error:
+            raise _placed(error, pending, options.prompt_file) from None
         finally:
             view.end()
-        _say(_summary(stats))
+        say(_summary(stats))
     if options.json_output:
         _print_json(list(file.lines()) if file is not None else view.held(), stats, plan)
 
@@ -143,7 +157,7 @@ def _placed(error: PromptError, pending: Sequence[int], source: str | None) -> P
     if error.index is None:
         return error
     number = pending[error.index] + 1
-    place = f"prompt {number}" if source is None else f"{source}, line {number}"
+    place = f"prompt {number}" if source is None else place_of(source, number)
     return PromptError(f"{place}: {error.reason}")
 
 
@@ -159,8 +173,9 @@ class _View:
     ) -> None:
         self.requests, self.pending, self.file, self.prints = requests, pending, file, prints
         self.streams = prints and len(requests) == 1
-        self.bar = _Bar(len(requests)) if sys.stderr.isatty() else _PlainLines()
+        self.bar = Bar(len(requests)) if sys.stderr.isatty() else PlainLines()
         self._line_by_index: dict[int, dict[str, Any]] = {}
+        self._began_s = time.monotonic()
         self._printed = 0  # results
         self._streamed = ""  # the last piece of streamed text
 
@@ -175,6 +190,11 @@ class _View:
             done = len(self.requests) - len(self.pending) + progress.finished
             message = f"{done}/{len(self.requests)} prompts, {_rates(_measured(progress))}"
             self.bar.show(message, done=done, now_s=progress.elapsed_s)
+
+    def on_made(self, done: int, total: int) -> None:
+        """The 4-bit store is being made."""
+        message = f"rounding experts to 4 bits, {done:,} of {total:,}"
+        self.bar.show(message, done=len(self.requests) * done / total, now_s=time.monotonic() - self._began_s)
 
     def on_result(self, output: RequestOutput) -> None:
         index = self.pending[output.index]
@@ -201,46 +221,6 @@ class _View:
             print(flush=True)
 
 
-class _Bar:
-    """Progress on a terminal: a bar on standard error that can be taken away and put back."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TimeElapsedColumn())
-        console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, refresh_per_second=4)
-        self._task = self._bar.add_task("", total=total)
-        self._on_screen = False
-
-    def show(self, message: str, *, done: int, now_s: float) -> None:
-        self._bar.update(self._task, description=message, completed=done)
-        if not self._on_screen:
-            self._bar.start()
-            self._on_screen = True
-
-    def clear(self) -> None:
-        if self._on_screen:
-            self._bar.stop()
-            self._on_screen = False
-
-
-class _PlainLines:
-    """Progress where standard error is a file or a pipe: a line now and then."""
-
-    def __init__(self) -> None:
-        self._next_s = SECONDS_BETWEEN_LINES
-
-    def show(self, message: str, *, done: int, now_s: float) -> None:
-        if now_s >= self._next_s:
-            _say(message)
-            self._next_s = now_s + SECONDS_BETWEEN_LINES
-
-    def clear(self) -> None:
-        """Nothing to take away."""
-
-
 def _excerpt(line: Mapping[str, Any]) -> str:
     """The beginning of a prompt on one line."""
     text = line.get("prompt") or f"token ids {line['prompt_token_ids']}"
@@ -248,14 +228,17 @@ def _excerpt(line: Mapping[str, Any]) -> str:
     return text if len(text) <= 70 else f"{text[:67]}..."
 
 
-def _header(plan: Mapping[str, object]) -> str:
+def _say_header(plan: Mapping[str, object]) -> None:
+    say(f"dtype: {plan['dtype']} ({plan['dtype_reason']})")
     facts = []
     for name, value in plan.items():
+        if name.startswith("dtype"):
+            continue
         if name.endswith("_bytes") and isinstance(value, int | float):
             facts.append(f"{name.removesuffix('_bytes').replace('_', ' ')} {format_bytes(value)}")
         else:
             facts.append(f"{name.replace('_', ' ')} {value}")
-    return ", ".join(facts)
+    say(", ".join(facts))
 
 
 def _stats(llm: LLM) -> dict[str, Any]:
@@ -286,7 +269,3 @@ def _summary(stats: Mapping[str, Any]) -> str:
 
 def _print_json(results: Sequence[Mapping[str, Any]], stats: object, plan: object) -> None:
     print(json.dumps({"results": results, "stats": stats, "plan": plan}))
-
-
-def _say(message: str) -> None:
-    print(f"poise: {message}", file=sys.stderr, flush=True)

@@ -3,7 +3,8 @@
 Contract: the output file appears at once and complete, or not at all (written beside it, then renamed). Until then each
 finished result is a line of the journal ``FILE.partial``, handed to the operating system before the next one, so that a
 crash of the process loses none; `resume` continues from it. A journal without a result is not kept. It is locked while
-a run writes it, and its first line says what it belongs to: one of another run, or a file that is none, is refused.
+a run writes it, and its first line says what it belongs to: one of another run, or a file that is none, is refused. The
+output file carries the same in an extended attribute, where the file system has those (docs/decisions/012).
 Not here: surviving a power failure (there is no fsync per line, only one of the complete file).
 """
 
@@ -15,6 +16,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +26,8 @@ from poise.errors import PoiseError, UsageError
 
 _MARK = b'{"poise_journal": 1, '
 """How every journal begins; the number is the version of its format."""
+_ATTRIBUTE = "user.poise.identity"
+"""The extended attribute of an output file that says what its results depend on, as JSON."""
 
 Span = tuple[int, int]
 """(start, length) of a line in the journal, in bytes, its newline included."""
@@ -50,11 +54,12 @@ class ResultFile:
     def __init__(
         self, path: Path, *, total: int, identity: Mapping[str, str], resume: bool = False, overwrite: bool = False
     ) -> None:
-        self.path = _writable_file(path)
+        self.path = writable_file(path)
         self.journal = journal_path(self.path)
         self.total = total
         if not (overwrite or self.journal.exists()):
             self._require_no_output()
+        self._identity = dict(identity)
         header = _MARK + json.dumps({"identity": dict(identity)})[1:].encode() + b"\n"
         self._descriptor: int | None = _open_locked(self.journal)
         try:
@@ -93,6 +98,8 @@ class ResultFile:
                 with temporary.open("wb") as file:
                     file.writelines(self._encoded_lines())
                     file.flush()
+                    with suppress(OSError):  # a file system without attributes; finished_results says so
+                        os.setxattr(file.fileno(), _ATTRIBUTE, json.dumps(self._identity).encode())
                     os.fsync(file.fileno())
                 temporary.replace(self.path)
             finally:
@@ -150,8 +157,7 @@ class ResultFile:
             return
         with suppress(ValueError, KeyError, AttributeError, TypeError):  # else: damaged, said in general terms below
             old, new = json.loads(found)["identity"], json.loads(wanted)["identity"]
-            other = " and ".join(name for name in new if old.get(name) != new[name])
-            if other:
+            if other := _differences(old, new):
                 raise UsageError(
                     f"{self.journal} belongs to a run with other {other}; give the same again, or add --overwrite "
                     f"instead of --resume to start anew"
@@ -183,12 +189,23 @@ class ResultFile:
             yield os.pread(self._descriptor, length, start)
 
 
-def finished_lines(path: Path, heads: Sequence[Mapping[str, object]]) -> list[dict[str, Any]] | None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedResults:
+    """The complete results in an output file. ``is_same_run``: the file says that they are of a run with this identity."""
+
+    lines: list[dict[str, Any]]
+    is_same_run: bool
+
+
+def finished_results(
+    path: Path, heads: Sequence[Mapping[str, object]], identity: Mapping[str, str]
+) -> FinishedResults | None:
     """The results in `path` if it exists and no journal says that a newer run is under way; else None.
 
-    Raises UsageError if they are not the results of the prompts in `heads` (what is known of each line before a run).
+    Raises UsageError if they are not the results of the prompts in `heads` (what is known of each line before a run), or
+    if the file says that they are of a run with another identity. Not every file says so: `is_same_run` is False then.
     """
-    target = _writable_file(path)
+    target = writable_file(path)
     if not target.exists() or journal_path(target).exists():
         return None
     with _reporting(path):
@@ -202,7 +219,26 @@ def finished_lines(path: Path, heads: Sequence[Mapping[str, object]]) -> list[di
         same = False
     if not same:
         raise UsageError(f"output file {path} holds the results of other prompts; use --overwrite, or name another")
-    return lines
+    known = _identity_of(target)
+    if known is not None and (other := _differences(known, identity)):
+        raise UsageError(
+            f"output file {path} holds the results of a run with other {other}; use --overwrite, or name another"
+        )
+    return FinishedResults(lines=lines, is_same_run=known is not None)
+
+
+def _identity_of(output: Path) -> dict[str, str] | None:
+    """What an output file says that its results depend on; None where it says nothing."""
+    try:
+        identity = json.loads(os.getxattr(output, _ATTRIBUTE))
+    except (OSError, ValueError):
+        return None
+    return identity if isinstance(identity, dict) else None
+
+
+def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """The names of what differs, for an error line."""
+    return " and ".join(name for name in new if old.get(name) != new[name])
 
 
 def output_line(head: Mapping[str, Any], output: RequestOutput) -> dict[str, Any]:
@@ -234,7 +270,7 @@ def _index_of(line: bytes) -> int | None:
     return index if type(index) is int and index >= 0 else None
 
 
-def _writable_file(path: Path) -> Path:
+def writable_file(path: Path) -> Path:
     """`path` with symbolic links followed, once it is certain that a file can be put there."""
     target = Path(os.path.realpath(path))
     with _reporting(path):

@@ -63,7 +63,12 @@ def read_requests(arguments: Sequence[str], source: str | None, defaults: Sampli
         return [_from_argument(number, text, defaults) for number, text in enumerate(arguments, start=1)]
     parse, name = _parser_of(source)
     lines = _lines_of(_read(source, name), name)
-    return [_at_line(name, number, parse, line, defaults) for number, line in enumerate(lines, start=1)]
+    return [_at_line(source, number, parse, line, defaults) for number, line in enumerate(lines, start=1)]
+
+
+def place_of(source: str, number: int) -> str:
+    """How errors name line `number` (from 1) of the prompt file `source`."""
+    return f"{'standard input' if source == STDIN else source} line {number}"
 
 
 def _from_argument(number: int, text: str, defaults: SamplingParams) -> PromptRequest:
@@ -100,7 +105,7 @@ def _lines_of(content: bytes, name: str) -> list[bytes]:
 
 
 def _at_line(
-    name: str,
+    source: str,
     number: int,
     parse: Callable[[str, SamplingParams], PromptRequest],
     line: bytes,
@@ -113,9 +118,9 @@ def _at_line(
             raise PromptError("the line is empty; remove it, or write a prompt")
         return parse(text, defaults)
     except UnicodeDecodeError:
-        raise PromptError(f"{name} line {number}: the line is not UTF-8 text") from None
+        raise PromptError(f"{place_of(source, number)}: the line is not UTF-8 text") from None
     except (UsageError, OverflowError) as error:
-        raise PromptError(f"{name} line {number}: {error}") from None
+        raise PromptError(f"{place_of(source, number)}: {error}") from None
 
 
 def _parse_text_line(text: str, defaults: SamplingParams) -> PromptRequest:

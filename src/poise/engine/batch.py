@@ -27,7 +27,7 @@ class Row:
         self.params = params
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self._text = TextStream(tokenizer, params.stop)
+        self._text = TextStream(tokenizer, params.stop_strings)
         self._generator = make_generator(params)
 
     @property
@@ -45,7 +45,7 @@ class Row:
         piece = self._text.push(token)
         if self._text.stopped:
             self.finish_reason = "stop"
-        elif len(self.token_ids) == self.params.max_tokens:
+        elif len(self.token_ids) >= self.params.max_tokens:
             self.finish_reason = "length"
         return piece + self._text.finish(self.token_ids) if self.finish_reason else piece
 
@@ -72,12 +72,24 @@ class Batch:
         for place, row in enumerate(rows):
             self._ids_BT[place, width - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids, device=device)
             self._mask_BT[place, width - len(row.prompt_ids) :] = 1
+        self._prompt_tokens = width
         self._end = min(self._chunk_tokens, width)
+
+    @property
+    def cache(self) -> Any:
+        """The cache, which the batch fills."""
+        return self._cache
 
     @property
     def yields_tokens(self) -> bool:
         """Whether the pass at hand ends the prompt, so that its logits choose tokens."""
         return self._end == self._ids_BT.shape[1]
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens of the next pass, padding included; 0 once the prompt has been read."""
+        width = self._prompt_tokens
+        return len(self.rows) * (min(self._end, width) - self._seen) if self._seen < width else 0
 
     def inputs(self) -> ForwardInputs:
         """The batch's part of the next pass: a chunk of the prompts, or one token per row."""

@@ -26,16 +26,23 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def end_tokens(checkpoint: Checkpoint, config: Any) -> frozenset[int]:
-    """End-of-sequence ids from generation_config.json, else config.json. Raises CheckpointError."""
+    """End-of-sequence ids from generation_config.json, else config.json. Raises CheckpointError for what is no token id."""
+    file = checkpoint.path / "config.json"
     ids = config.get_text_config().eos_token_id
-    if (checkpoint.path / "generation_config.json").exists():
+    generation_file = checkpoint.path / "generation_config.json"
+    if generation_file.exists():
         try:
-            ids = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True).eos_token_id or ids
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{checkpoint.path / 'generation_config.json'} cannot be read ({_first_line(error)}); fetch it again"
-            ) from None
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+            own = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True).eos_token_id
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{generation_file} cannot be read ({_first_line(error)}); fetch it again") from None
+        if own is not None and own != []:
+            file, ids = generation_file, own
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(token) is int for token in listed):
+        raise CheckpointError(
+            f"{file} has eos_token_id {ids!r}; it must be a token id, or a list of them: fetch it again"
+        )
+    return frozenset(listed)
 
 
 def _first_line(error: Exception) -> str:

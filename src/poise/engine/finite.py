@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from poise.model.int4 import Int4Weight
 from poise.offload.arena import Arena
 from poise.offload.expert_store import ExpertStore
 from poise.offload.weights import Packed, converted_nbytes, unpack
@@ -29,7 +30,8 @@ def _damaged_weight(model: Any, store: ExpertStore) -> str | None:
     for source, held in store.residents():
         weights = unpack(held, Arena(1, converted_nbytes(source)), 0) if isinstance(held, Packed) else held
         for name, parts in weights.items():
-            if not all(map(_is_finite, parts)):
+            tensors = (parts.scale_zero_GN2,) if isinstance(parts, Int4Weight) else parts
+            if not all(map(_is_finite, tensors)):
                 return f"{name} of expert {source.expert} in {source.module}"
     return None
 

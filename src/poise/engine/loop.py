@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from poise.engine.batch import Batch, Row
 from poise.engine.request import Progress
 from poise.engine.runner import Runner
 from poise.model.cache import make_cache, needs_equal_rows
-from poise.plan.memory import MemoryPlan
+from poise.plan.group import GroupShape
 
 OnText = Callable[[int, str], None]
 OnRow = Callable[[Row], None]
@@ -31,12 +32,12 @@ class Listeners:
 
 
 class Loop:
-    """Runs rows to their end under a memory plan. Longest prompts go first; rows of like length share a batch."""
+    """Runs rows to their end, grouped as planned. Longest prompts go first; rows of like length share a batch."""
 
     def __init__(
         self,
         runner: Runner,
-        plan: MemoryPlan,
+        group: GroupShape,
         rows: Sequence[Row],
         *,
         eos: frozenset[int],
@@ -44,7 +45,7 @@ class Loop:
         device: torch.device,
     ) -> None:
         self._runner = runner
-        self._plan = plan
+        self._group = group
         self._queue = sorted(rows, key=lambda row: len(row.prompt_ids))
         self._equal_rows = needs_equal_rows(runner.model)
         self._live: list[Batch] = []
@@ -65,7 +66,7 @@ class Loop:
             logits = self._runner.run([batch.inputs() for batch in self._live])
             for batch, logits_BTV in zip(list(self._live), logits, strict=True):
                 self._advance(batch, logits_BTV[:, -1] if batch.yields_tokens else None, listeners)
-            self._live = [batch for batch in self._live if batch.rows]
+            self._forget_finished()
             progress = self._progress(began, hits, misses, bytes_read)
             if listeners.on_progress is not None:
                 listeners.on_progress(progress)
@@ -74,21 +75,43 @@ class Loop:
     def _admit(self) -> None:
         """Queued prompts become new batches, whole batches at a time unless the queue ends or nothing runs."""
         while self._queue:
-            free = self._plan.max_rows - sum(len(batch.rows) for batch in self._live)
+            free = self._group.max_rows - sum(len(batch.rows) for batch in self._live)
             size = self._next_size()
-            if free < size or len(self._live) >= 2 * self._plan.num_batches:
+            if free < size or len(self._live) >= 2 * self._group.num_batches:
+                return
+            prefill_tokens = sum(batch.prefill_tokens for batch in self._live)
+            chunk = min(self._group.chunk_tokens, len(self._queue[-1].prompt_ids))
+            if prefill_tokens and prefill_tokens + size * chunk > self._group.pass_tokens:
                 return
             rows = [self._queue.pop() for _ in range(size)]
             self._prompt_tokens += sum(len(row.prompt_ids) for row in rows)
-            cache = make_cache(self._runner.model)
             batch = Batch(
-                rows, cache=cache, chunk_tokens=self._plan.chunk_tokens, pad_id=self._pad_id, device=self._device
+                rows,
+                cache=self._make_cache(rows),
+                chunk_tokens=self._group.chunk_tokens,
+                pad_id=self._pad_id,
+                device=self._device,
             )
             self._live.append(batch)
 
+    def _make_cache(self, rows: Sequence[Row]) -> Any:
+        cache, kv = make_cache(self._runner.model), self._runner.kv
+        if kv is not None:
+            width = max(len(row.prompt_ids) for row in rows)
+            longest = max(width - len(row.prompt_ids) + row.total_tokens for row in rows)
+            kv.adopt(self._runner.model, cache, rows=len(rows), final_tokens=longest)
+        return cache
+
+    def _forget_finished(self) -> None:
+        if self._runner.kv is not None:
+            for batch in self._live:
+                if not batch.rows:
+                    self._runner.kv.forget(batch.cache)
+        self._live = [batch for batch in self._live if batch.rows]
+
     def _next_size(self) -> int:
         """How many rows from the end of the queue make the next batch: all of one length where the model asks for it."""
-        candidates = [len(row.prompt_ids) for row in self._queue[-self._plan.batch_size :]]
+        candidates = [len(row.prompt_ids) for row in self._queue[-self._group.batch_size :]]
         return candidates.count(candidates[-1]) if self._equal_rows else len(candidates)
 
     def _advance(self, batch: Batch, logits_BV: torch.Tensor | None, listeners: Listeners) -> None:

@@ -9,6 +9,9 @@ from typing import Literal
 Prompt = str | Mapping[str, Sequence[int]]
 """A string, or ``{"prompt_token_ids": [...]}``."""
 
+QUANTIZATIONS = ("none", "int4")
+"""What the experts can be rounded to: nothing, or 4 bits (decision 007)."""
+
 FinishReason = Literal["stop", "length"]
 
 

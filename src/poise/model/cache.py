@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from poise.errors import CheckpointError
 
@@ -81,6 +82,18 @@ def needs_equal_rows(model: Any) -> bool:
 def needs_whole_prompts(model: Any) -> bool:
     """Whether a prompt must run in one pass."""
     return _has_own_cache(model) or model.config.get_text_config(decoder=True).model_type in WHOLE_PROMPTS
+
+
+def movable_layers(model: Any, cache: Any) -> list[int]:
+    """The layers of a cache that are plain keys and values of all positions and that no other layer reads.
+
+    Windows, indexers, compressed and recurrent states are not among them.
+    """
+    config = model.config.get_text_config(decoder=True)
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    if getattr(config, "num_kv_shared_layers", 0) or any("reuse" in str(mode) for mode in modes):
+        return []
+    return [place for place, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
 
 
 def _has_own_cache(model: Any) -> bool:

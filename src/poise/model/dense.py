@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from poise.model.dequantise import dequantised
 from poise.model.inspect import ExpertsModule
 from poise.model.layout import CheckpointLayout
 from poise.model.scaled import Stored
+
+logger = logging.getLogger(__name__)
 
 _TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -104,11 +107,19 @@ def take_out_experts(model: nn.Module, modules: Sequence[ExpertsModule]) -> None
 
 
 def load_dense(
-    model: Any, checkpoint: Checkpoint, layout: CheckpointLayout, dtype: torch.dtype, device: torch.device
+    model: Any,
+    checkpoint: Checkpoint,
+    layout: CheckpointLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    leave_out: Collection[str] = (),
 ) -> None:
     """Fills the meta model's dense parameters and buffers in place; the experts must have been taken out.
 
-    Raises CheckpointError when a dense tensor is missing or has the wrong shape.
+    ``leave_out``: tensors of the checkpoint that are not read; their parameters must have been taken out as well.
+    Raises CheckpointError when a dense tensor is missing or has the wrong shape. Warns of what the checkpoint holds for the
+    decoder layers beyond what the model takes.
     """
     config = LoadStateDictConfig(
         device_map={"": device},
@@ -117,9 +128,10 @@ def load_dense(
         weight_mapping=list(layout.conversions),
         use_safetensors=True,
     )
-    state = {name: _LazyTensor(stored, dtype) for name, stored in layout.dense.items()}
+    state = {name: _LazyTensor(stored, dtype) for name, stored in layout.dense.items() if name not in leave_out}
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.CRITICAL)
+    shows_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         info, _ = model._load_pretrained_model(model, state, None, config)
@@ -134,10 +146,25 @@ def load_dense(
         ) from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
     if info.missing_keys:
         raise CheckpointError(f"{checkpoint.path} lacks tensor {min(info.missing_keys)}; fetch the missing shard again")
+    _warn_of_unused(checkpoint, layout, info.unexpected_keys)
     model.eval()
+
+
+def _warn_of_unused(checkpoint: Checkpoint, layout: CheckpointLayout, names: Iterable[str]) -> None:
+    """``names``: tensors without a place in the model, less those that transformers' class says to ignore."""
+    layers = re.split(r"\.\d+\.", layout.experts_LE[0][0].module)[0]
+    unused = sorted(name for name in names if re.match(rf"{re.escape(layers)}\.\d+\.", name))
+    if unused:
+        logger.warning(
+            "%s holds weights of decoder layers that its config.json does not describe, such as %s: they are not used; if "
+            "the text is poor, fetch config.json again",
+            checkpoint.path,
+            unused[0],
+        )
 
 
 def dense_nbytes(model: Any) -> int:

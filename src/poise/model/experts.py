@@ -6,24 +6,28 @@ part is multiplied into its own columns of the result, nothing is copied togethe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from poise.model.int4 import Int4Weight, int4_linear, is_made_bf16
 from poise.model.layout import Weights
 
 
-def padded_rows(rows: int, dtype: torch.dtype) -> int:
+def padded_rows(rows: int, dtype: torch.dtype, weights: Weights) -> int:
     """Rows to compute so that few distinct shapes occur: powers of two to 16, then steps of at most a quarter.
 
     For bf16 and fp16 on a CPU oneDNN compiles a kernel for every new row count and keeps it: half a millisecond and 0.3 MB
-    each, outside any budget. fp32 products have no such kernels.
+    each, outside any budget. fp32 and 4-bit products have no such kernels.
     """
-    if dtype == torch.float32 or rows <= 1:
+    if dtype == torch.float32 or rows <= 1 or not any(_is_compiled(rows, dtype, each) for each in weights.values()):
         return rows
     step = max(16, 1 << (rows - 1).bit_length() - 3) if rows > 16 else 1 << (rows - 1).bit_length()
     return -(-rows // step) * step
+
+
+def _is_compiled(rows: int, dtype: torch.dtype, weight: tuple[torch.Tensor, ...] | Int4Weight) -> bool:
+    return not isinstance(weight, Int4Weight) or is_made_bf16(rows, dtype, weight)
 
 
 def expert_forward(module: Any, rows_TH: torch.Tensor, weights: Weights, routing_T1: torch.Tensor) -> torch.Tensor:
@@ -51,10 +55,10 @@ def _unweighted(module: Any, rows_TH: torch.Tensor, weights: Weights) -> torch.T
     return out_TH
 
 
-def _linear(
-    rows: torch.Tensor, weights: Mapping[str, tuple[torch.Tensor, ...]], name: str, module: Any
-) -> torch.Tensor:
+def _linear(rows: torch.Tensor, weights: Weights, name: str, module: Any) -> torch.Tensor:
     parts = weights[name]
+    if isinstance(parts, Int4Weight):
+        return int4_linear(rows, parts)
     bias = _whole(weights[f"{name}_bias"]) if module.has_bias else None
     if module.is_transposed:
         weight = _whole(parts)
@@ -69,5 +73,6 @@ def _linear(
     return result if bias is None else result.add_(bias)
 
 
-def _whole(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _whole(parts: tuple[torch.Tensor, ...] | Int4Weight) -> torch.Tensor:
+    assert not isinstance(parts, Int4Weight), "a 4-bit matrix brings its bias with it"
     return parts[0] if len(parts) == 1 else torch.cat(parts)

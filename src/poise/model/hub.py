@@ -29,6 +29,10 @@ def find_model(model: str | Path) -> Path:
     Raises CheckpointError when it is neither a directory nor in the cache and cannot be fetched. What is found may still be
     damaged: ``open_checkpoint`` says so.
     """
+    if not isinstance(model, (str, Path)) or model == "":
+        raise CheckpointError(
+            f"model {model!r} names nothing; give a folder with config.json and *.safetensors, or a hub id"
+        )
     path = Path(model)
     if path.exists() or not isinstance(model, str) or not _HUB_ID.fullmatch(model):
         return path

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from poise.errors import CheckpointError
 from poise.model.checkpoint import Checkpoint
+from poise.model.quantisation import stated_dtype
 from poise.model.wrapped_experts import wrap_experts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -26,6 +28,8 @@ DTYPE_OF_SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": tor
 
 _EXPERTS_CLASS = re.compile(r"(Experts|MoE|Moe|MoA)$")
 """How transformers names a class of experts, or of the block around them."""
+_TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+"""How configurations name the experts that a token chooses; a class with another name is found out by running it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +72,11 @@ def choose_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     if most not in DTYPE_OF_SAFETENSORS:
         raise CheckpointError(f"{checkpoint.path} holds {most} weights; Poise runs {', '.join(DTYPE_OF_SAFETENSORS)}")
     return DTYPE_OF_SAFETENSORS[most]
+
+
+def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the checkpoint's weights, or the one that a quantised checkpoint says to run in. Raises CheckpointError."""
+    return choose_dtype(checkpoint, "auto" if checkpoint.scheme is None else stated_dtype(checkpoint.config))
 
 
 def build_meta_model(config: Any, dtype: torch.dtype) -> Any:
@@ -123,7 +132,20 @@ def find_experts(model: nn.Module, model_type: str) -> list[ExpertsModule]:
         )
     if not found:
         raise CheckpointError(f"model type {model_type!r} has no experts; Poise runs mixture-of-experts models")
+    _check_top_k(getattr(model, "config", None), found)
     return sorted(found, key=lambda experts: experts.layer)
+
+
+def _check_top_k(config: Any, modules: Sequence[ExpertsModule]) -> None:
+    """Raises CheckpointError where a token is to choose no expert, or more than a layer has."""
+    text = config.get_text_config() if config is not None else None
+    most = min(module.num_experts + module.num_idle for module in modules)
+    for name in _TOP_K_NAMES:
+        top_k = getattr(text, name, None)
+        if isinstance(top_k, int) and not 1 <= top_k <= most:
+            raise CheckpointError(
+                f"{name} in config.json is {top_k}; the model has {most} experts in a layer: it must be 1 to {most}"
+            )
 
 
 def goes_through_registry(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,11 @@ from transformers.core_model_loading import (
 from poise.errors import CheckpointError
 from poise.model.checkpoint import Checkpoint, TensorRef
 from poise.model.inspect import DTYPE_OF_SAFETENSORS, ExpertsModule
-from poise.model.scaled import Scaled, Stored, on_disk, slice_of, stored_tensors
+from poise.model.int4 import Int4Weight
+from poise.model.scaled import Int4Ref, Scaled, Stored, on_disk, slice_of, stored_tensors
 
-Weights = dict[str, tuple[torch.Tensor, ...]]
-"""An expert's parameters by name; the parts of one parameter lie below each other along dim 0."""
+Weights = dict[str, tuple[torch.Tensor, ...] | Int4Weight]
+"""An expert's parameters by name; the parts of one parameter lie below each other along dim 0. A 4-bit matrix is one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +52,8 @@ class ExpertSource:
     """One expert on disk. ``shapes`` are the shapes of its parameters in the model, without the expert dimension.
 
     ``stays_packed``: its bytes, where they are quantised, are kept in memory as they are and made into weights at each use.
+    ``int4``: its matrices, biases with them, where it lies in the 4-bit store; there are no recipes then. ``crc32`` is that of
+    its bytes, from the first to the last, where it is known.
     """
 
     module: str
@@ -60,11 +63,14 @@ class ExpertSource:
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
     stays_packed: bool = True
+    int4: Mapping[str, Int4Ref] = field(default_factory=dict)
+    crc32: int | None = None
 
     @property
     def parts(self) -> tuple[TensorRef, ...]:
         """Every slice of the disk this expert needs, each once."""
-        return tuple(dict.fromkeys(ref for recipe in self.recipes for part in recipe.parts for ref in on_disk(part)))
+        in_recipes = (ref for recipe in self.recipes for part in recipe.parts for ref in on_disk(part))
+        return tuple(dict.fromkeys([*in_recipes, *(ref for matrix in self.int4.values() for ref in matrix.refs)]))
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +141,8 @@ def find_layout(
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
             target, pattern = name, None
+        if target in state and state[target].is_floating_point():
+            _check_dtype(tensors[name])
         if target not in expert_params:
             dense[name] = tensors[name]
             continue
@@ -146,6 +154,15 @@ def find_layout(
         for module in modules
     )
     return CheckpointLayout(experts_LE=experts_LE, dense=dense, conversions=conversions)
+
+
+def _check_dtype(stored: Stored) -> None:
+    """Raises CheckpointError for a tensor that is no weights as it is: quantised by a method that config.json does not say."""
+    if isinstance(stored, TensorRef) and stored.dtype not in (*DTYPE_OF_SAFETENSORS, "F64"):
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name} is {stored.dtype}, which Poise does not read as weights without a "
+            "quantization_config of MXFP4 or fp8; use a checkpoint in bf16, fp16, fp32, MXFP4 or block-scaled fp8"
+        )
 
 
 def _expert_source(

@@ -52,6 +52,22 @@ Stored = TensorRef | Scaled
 """A tensor as it is stored: plain, or quantised."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int4Ref:
+    """A matrix in Poise's own 4-bit store (``model.int4_store``), by name of its parameter: three tensors side by side."""
+
+    outputs: int
+    inputs: int
+    packed: TensorRef
+    scale_zero: TensorRef
+    bias: TensorRef | None
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """In the order in which they lie on disk."""
+        return (self.packed, self.scale_zero) if self.bias is None else (self.packed, self.scale_zero, self.bias)
+
+
 def on_disk(stored: Stored) -> tuple[TensorRef, ...]:
     """The pieces of the disk that a tensor is made from."""
     return (stored,) if isinstance(stored, TensorRef) else (stored.values, stored.scales)

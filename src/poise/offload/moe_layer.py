@@ -7,13 +7,24 @@ row of contributions, summed over the choices at the end. Padding tokens and mas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter_ns
+from typing import Protocol
 
 import torch
 
 from poise.model.experts import expert_forward, padded_rows
+from poise.model.layout import Weights
 from poise.model.seam import Parked
-from poise.offload.expert_store import ExpertStore
 from poise.plan.memory import MAX_EXPERT_ROWS
+from poise.spec.timeline import COMPUTE, Timeline
+
+
+class Experts(Protocol):
+    """Where a layer's experts come from, such as ``offload.expert_store``: each that was asked for is taken once."""
+
+    def take(self) -> tuple[int, Weights]: ...
+
+    def release(self, expert: int) -> None: ...
 
 
 def chosen_experts(parked: Parked, real_T: torch.Tensor | None) -> list[int]:
@@ -24,11 +35,16 @@ def chosen_experts(parked: Parked, real_T: torch.Tensor | None) -> list[int]:
 
 
 def run_experts(
-    store: ExpertStore, parked: Sequence[Parked], real: Sequence[torch.Tensor | None]
+    store: Experts,
+    parked: Sequence[Parked],
+    real: Sequence[torch.Tensor | None],
+    *,
+    layer: int = 0,
+    timeline: Timeline | None = None,
 ) -> list[torch.Tensor]:
     """The experts' outputs for every parked batch, shapes as their hidden states.
 
-    The experts they chose must have been requested from the store.
+    The experts they chose must have been requested from the store. ``layer`` is what the timeline calls this one.
     """
     module = parked[0].module
     hidden_TH = _joined([entry.hidden_TH for entry in parked])
@@ -47,18 +63,22 @@ def run_experts(
     weights_P = weights_TK.reshape(-1, 1)
     for _ in range(num_active):
         expert, weights = store.take()
+        began_ns = perf_counter_ns()
         for pairs in torch.split(order_P[begin_of[expert] : ends[expert]], MAX_EXPERT_ROWS):
-            padded = _padded(pairs, hidden_TH.dtype)
+            padded = _padded(pairs, hidden_TH.dtype, weights)
             output = expert_forward(module, hidden_TH[padded // top_k], weights, weights_P[padded])[: len(pairs)]
             contributions_PH.index_copy_(0, pairs, output.to(contributions_PH.dtype))
+        if timeline is not None:
+            rows = ends[expert] - begin_of[expert]
+            timeline.add(COMPUTE, "expert", began_ns, layer=layer, expert=expert, rows=rows)
         store.release(expert)
     output_TH = contributions_PH.view(tokens, top_k, -1).sum(dim=1)
     return list(torch.split(output_TH, [len(entry.hidden_TH) for entry in parked]))
 
 
-def _padded(pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _padded(pairs: torch.Tensor, dtype: torch.dtype, weights: Weights) -> torch.Tensor:
     """The choices of one expert, the first repeated at the end up to a row count that occurs often."""
-    more = padded_rows(len(pairs), dtype) - len(pairs)
+    more = padded_rows(len(pairs), dtype, weights) - len(pairs)
     return torch.nn.functional.pad(pairs, (0, more), value=int(pairs[0])) if more else pairs
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from poise.offload.weights import Packed, scratch_bytes_for, unpack
 
 MAX_THREADS = 4
 Done = Callable[[Key, Exception | None], None]
+Jobs = queue.SimpleQueue[tuple[Key, int, Packed, Done] | None]
 
 
 def num_threads() -> int:
@@ -32,24 +34,31 @@ def ring_bytes_for(sources_LE: Sequence[Sequence[ExpertSource]]) -> int:
 
 
 class Unpacker:
-    """A ring of ``num_threads() + 1`` buffers of ``buffer_bytes``: one to compute with, the others being filled."""
+    """A ring of ``num_threads() + 1`` buffers of ``buffer_bytes``: one to compute with, the others being filled.
+
+    One that is dropped ends its threads.
+    """
 
     def __init__(self, buffer_bytes: int) -> None:
         self._ring = Arena(num_threads() + 1, buffer_bytes)
         self._free = list(range(self._ring.num_slots))
         self._buffer_of: dict[Key, int] = {}
         self._weights: dict[Key, Weights] = {}
-        self._jobs: queue.SimpleQueue[tuple[Key, int, Packed, Done] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"poise-reader-unpack-{index}", daemon=True)
+        self._jobs: Jobs = queue.SimpleQueue()
+        have_started = threading.Barrier(num_threads() + 1)
+        # The threads hold what they work on, not the unpacker: else it would never be dropped.
+        work = (self._jobs, self._ring, self._weights, have_started)
+        threads = [
+            threading.Thread(target=_work, args=work, name=f"poise-reader-unpack-{index}", daemon=True)
             for index in range(num_threads())
         ]
-        self._started = threading.Barrier(len(self._threads) + 1)
         of_torch = torch.get_num_threads()
-        for thread in self._threads:
+        for thread in threads:
             thread.start()
-        self._started.wait()
+        have_started.wait()
         torch.set_num_threads(of_torch)
+        self._end = weakref.finalize(self, _end, self._jobs, threads)
+        self._end.atexit = False
 
     @property
     def has_room(self) -> bool:
@@ -73,20 +82,34 @@ class Unpacker:
 
     def close(self) -> None:
         """Ends the threads. Safe to call twice."""
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
+        self._end()
 
-    def _work(self) -> None:
-        torch.set_num_threads(1)
-        self._started.wait()
-        while (job := self._jobs.get()) is not None:
-            key, buffer, packed, done = job
-            try:
-                self._weights[key] = unpack(packed, self._ring, buffer)
-            except Exception as error:  # noqa: BLE001 - carried to the compute thread, raised by the store's take()
-                done(key, error)
-            else:
-                done(key, None)
+
+def _work(jobs: Jobs, ring: Arena, weights: dict[Key, Weights], have_started: threading.Barrier) -> None:
+    torch.set_num_threads(1)
+    have_started.wait()
+    while _do_next(jobs, ring, weights):
+        pass
+
+
+def _do_next(jobs: Jobs, ring: Arena, weights: dict[Key, Weights]) -> bool:
+    """Waits for an expert and unpacks it; False for the end. Once done, nothing of it is held."""
+    job = jobs.get()
+    if job is None:
+        return False
+    key, buffer, packed, done = job
+    try:
+        weights[key] = unpack(packed, ring, buffer)
+    except Exception as error:  # noqa: BLE001 - carried to the compute thread, raised by the store's take()
+        done(key, error)
+    else:
+        done(key, None)
+    return True
+
+
+def _end(jobs: Jobs, threads: Sequence[threading.Thread]) -> None:
+    for _ in threads:
+        jobs.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():  # a collection of garbage may run on any thread
+            thread.join()

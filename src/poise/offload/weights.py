@@ -8,17 +8,20 @@ the slot as they are, so that more experts stay in memory, and become weights in
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from poise.errors import ReadError
 from poise.model.checkpoint import TensorRef
 from poise.model.dense import as_tensor
 from poise.model.dequantise import dequantise_into, dequantised, rows_shape
+from poise.model.int4 import Int4Weight, padded_shape
 from poise.model.layout import CheckpointLayout, ExpertSource, Weights, convert_expert
-from poise.model.scaled import Scaled, Stored
+from poise.model.scaled import Int4Ref, Scaled, Stored
 from poise.offload.arena import Arena
 from poise.offload.read_plan import ReadPlan, plan_reads
 
@@ -72,6 +75,12 @@ def staging_bytes_for(sources_LE: Sequence[Sequence[ExpertSource]], under_way: i
     )
 
 
+def int4_scratch_bytes_for(sources_LE: Sequence[Sequence[ExpertSource]]) -> int:
+    """Bytes, besides the slots, of the 4-bit matrix that is made bf16 where it meets many rows; 0 where there is none."""
+    matrices = (matrix for row in sources_LE for source in row for matrix in source.int4.values())
+    return max((2 * math.prod(padded_shape(matrix.outputs, matrix.inputs)) for matrix in matrices), default=0)
+
+
 def converted_nbytes(source: ExpertSource) -> int:
     """Bytes of an expert's parameters in memory, each padded to ``TENSOR_ALIGNMENT``."""
     return sum(_padded(shape.numel() * source.dtype.itemsize) for shape in map(torch.Size, source.shapes.values()))
@@ -91,6 +100,8 @@ def weights_in_slot(
     arena: Arena, slot: int, source: ExpertSource, plan: ReadPlan, staging: Arena | None, convert: Convert
 ) -> Weights | Packed:
     """The expert whose bytes were read into ``staging``, or into the slot itself where that is None."""
+    if source.int4:
+        return {param: _int4_weight(arena, slot, matrix, plan) for param, matrix in source.int4.items()}
     if source.is_direct:
         return {recipe.param: _views(arena, slot, recipe.parts, plan, source.dtype) for recipe in source.recipes}
     area, place_in = (arena, slot) if staging is None else (staging, 0)
@@ -109,6 +120,31 @@ def weights_in_slot(
         weights[param] = (place,)
         offset += _padded(tensor.nbytes)
     return weights
+
+
+def check_bytes(arena: Arena, slot: int, source: ExpertSource, plan: ReadPlan) -> None:
+    """Raises ReadError when what was read into the slot is not what ``source.crc32`` says was written."""
+    first = min(plan.slot_offsets.values())
+    end = max(offset + part.nbytes for part, offset in plan.slot_offsets.items())
+    if zlib.crc32(arena.view_of(slot, first, end - first)) != source.crc32:
+        file = source.parts[0].file
+        raise ReadError(
+            f"{file} is damaged: expert {source.expert} of {source.module} does not match its checksum; remove "
+            f"{file.parent}, and it is made again"
+        )
+
+
+def _int4_weight(arena: Arena, slot: int, matrix: Int4Ref, plan: ReadPlan) -> Int4Weight:
+    packed, scale_zero, *bias = (
+        as_tensor(arena.bytes_of(slot, plan.slot_offsets[ref], ref.nbytes), ref) for ref in matrix.refs
+    )
+    return Int4Weight(
+        outputs=matrix.outputs,
+        inputs=matrix.inputs,
+        packed_NK=packed,
+        scale_zero_GN2=scale_zero,
+        bias_N=bias[0] if bias else None,
+    )
 
 
 def unpack(packed: Packed, arena: Arena, slot: int) -> Weights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,13 +37,21 @@ class ModelSpec:
 class CacheSpec:
     """What one sequence's cache takes: ``state_bytes + bytes_per_token * tokens`` (an upper bound where a window slides).
 
-    ``bytes_per_token_L`` is per layer; recurrent layers count in ``state_bytes`` only.
+    Recurrent layers count in ``state_bytes`` only. ``movable_bytes_per_token``: those of layers whose keys and values can
+    leave memory while other batches compute.
     """
 
     bytes_per_token: int
     largest_layer_bytes_per_token: int
     state_bytes: int
+    movable_bytes_per_token: int = 0
 
     def sequence_bytes(self, tokens: int) -> int:
         """Cache bytes of one sequence of ``tokens`` tokens."""
         return self.state_bytes + self.bytes_per_token * tokens
+
+    def on_disk(self) -> CacheSpec:
+        """What is left in memory when all that can leave it has left; two batches' share of a layer is not counted."""
+        return replace(
+            self, bytes_per_token=self.bytes_per_token - self.movable_bytes_per_token, movable_bytes_per_token=0
+        )

@@ -1,0 +1,137 @@
+"""From a loaded model to the numbers a pipeline is planned with: sizes from the model, times from the machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poise.cost.layer_costs import LayerShapes, MachineCosts, RooflineCosts
+from poise.engine.batch import Row
+from poise.engine.sampling import SamplingParams
+from poise.engine.streaming import DenseChoice
+from poise.errors import BudgetError, MachineError
+from poise.model.inspect import ExpertsModule
+from poise.plan.memory import OVERHEAD_BYTES, ActivationSpec
+from poise.plan.passes import LayerCosts
+from poise.plan.pipeline import PipelineModel, refuse_if_too_small
+from poise.plan.workload import Workload
+from poise.profile.calibrate import calibrate
+from poise.profile.subject import Subject, subject_of_checkpoint
+from poise.spec.machine import Machine
+from poise.spec.model_spec import ModelSpec
+from poise.units import GIB
+
+logger = logging.getLogger(__name__)
+
+MEASURED_BYTES = GIB
+"""Models of fewer bytes are planned without measuring: that would take longer than most of their runs. Nor is anything
+measured within a smaller budget, in which it might not fit."""
+SHORTEST = Workload(prompt_tokens=(1,), new_tokens=(1,))
+"""A budget too small for it is refused before anything is loaded."""
+ORDINARY = Workload(prompt_tokens=(64,), new_tokens=(SamplingParams().max_tokens,))
+"""What the budget that such a refusal names is enough for, where nobody says what will be asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """``source``: where the times come from, in words for the user."""
+
+    layers: LayerCosts
+    source: str
+
+
+def measured_machine(path: str | Path, dtype: torch.dtype, *, weights_bytes: int, budget_bytes: int) -> Machine | None:
+    """What was measured for this model on this machine, now or before; None where that is not worth it.
+
+    Takes up to half a GiB for some seconds: call it before the weights are loaded.
+    """
+    if min(weights_bytes, budget_bytes) < MEASURED_BYTES:
+        return None
+    return calibrate(subject_of_checkpoint(path, dtype_for=lambda own: dtype))
+
+
+def layer_costs(
+    machine: Machine | None, model: Any, modules: Sequence[ExpertsModule], dtype: torch.dtype, spec: ModelSpec
+) -> Costs:
+    """The model's layers on this machine. Shapes that the machine was not measured for are said, and estimated."""
+    if machine is not None:
+        subject = Subject(name=spec.architecture, model=model, modules=tuple(modules), dtype=dtype)
+        try:
+            shapes = LayerShapes(
+                expert=subject.expert_shape,
+                attention=subject.attention_shape,
+                gate=subject.gate_shape,
+                dense=subject.dense_shape,
+            )
+            return Costs(layers=MachineCosts(machine, shapes), source="measured on this machine")
+        except MachineError as error:
+            logger.warning("%s; planning with estimates", error)
+    itemsize = dtype.itemsize
+    head_bytes = spec.hidden * spec.vocabulary * itemsize
+    estimates = RooflineCosts(
+        expert_bytes=spec.expert_bytes,
+        attention_bytes=max(0, spec.dense_bytes - 2 * head_bytes) // spec.num_layers,
+        head_bytes=head_bytes,
+        itemsize=itemsize,
+    )
+    return Costs(layers=estimates, source="estimated (small model or budget)")
+
+
+def workload_of(rows: Sequence[Row]) -> Workload:
+    """The rows in numbers."""
+    return Workload(
+        prompt_tokens=tuple(len(row.prompt_ids) for row in rows),
+        new_tokens=tuple(row.params.max_tokens for row in rows),
+    )
+
+
+def refuse_early(
+    model: PipelineModel,
+    dense: DenseChoice,
+    rows: Sequence[Row],
+    *,
+    memory_bytes: int,
+    only: Sequence[tuple[int, int]] | None,
+) -> None:
+    """Before anything is loaded: raises BudgetError where the rows, or the shortest there is, do not fit one at a time.
+
+    The budget that it names is enough for the rows, or for one of ordinary length.
+    """
+
+    def refuse(workload: Workload) -> None:
+        try:
+            refuse_if_too_small(model, workload, memory_bytes=memory_bytes, only=only)
+        except BudgetError as error:
+            fixed = model.scratch_bytes + OVERHEAD_BYTES
+            raise dense.corrected(error, budget_bytes=memory_bytes, fixed_bytes=fixed) from None
+
+    if rows:
+        refuse(workload_of(rows))
+        return
+    try:
+        refuse(SHORTEST)
+    except BudgetError:
+        refuse(ORDINARY)
+        raise
+
+
+def activation_spec(
+    model: Any, spec: ModelSpec, *, expert_width: int, itemsize: int, materialised_heads: int
+) -> ActivationSpec:
+    """What a token takes in memory while a pass runs."""
+    widths = [parameter.shape[0] for parameter in model.parameters() if parameter.dim() == 2]
+    wide = [width for width in widths if width != spec.vocabulary]
+    return ActivationSpec(
+        hidden=spec.hidden,
+        width=max(wide, default=spec.hidden),
+        expert_width=expert_width,
+        top_k=spec.top_k,
+        vocabulary=spec.vocabulary,
+        itemsize=itemsize,
+        materialised_heads=materialised_heads,
+    )

@@ -1,0 +1,61 @@
+"""Klotski's prefetcher at work: learns which experts follow which, and tells the store what the next layer will need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from poise.engine.routing import Ints
+from poise.model.checkpoint import Checkpoint
+from poise.model.fingerprint import model_fingerprint
+from poise.offload.expert_store import ExpertStore
+from poise.plan.schedule import Policy
+from poise.predict.correlation import CorrelationTable, sampled
+from poise.spec.model_spec import ModelSpec
+
+MAX_LEARNT = 256
+"""Of a pass with more tokens an even sample is learnt from: what a pass adds to the table must stay cheap."""
+
+
+class Prefetcher:
+    """A routing listener that foresees, for ``store``, each layer from the one before (the first from its marginals)."""
+
+    def __init__(self, table: CorrelationTable, store: ExpertStore) -> None:
+        self._table = table
+        self._store = store
+        self._previous_TK: Ints | None = None
+
+    def on_layer(self, layer: int, chosen_TK: Ints) -> None:
+        """See ``engine.routing``. Predicts first: what is learnt from this layer concerns the next pass."""
+        after = (layer + 1) % self._table.num_layers
+        self._store.foresee(after, self._table.used_probability_E(after, chosen_TK))
+        learnt_TK = sampled(chosen_TK, MAX_LEARNT)
+        self._table.observe(layer, learnt_TK, self._previous_TK if layer else None)
+        self._previous_TK = learnt_TK
+
+
+def prefetcher_bytes(sources_LE: Sequence[Sequence[object]]) -> int:
+    """What a prefetcher's table takes in memory."""
+    num_experts = max(len(row) for row in sources_LE)
+    return CorrelationTable.nbytes_for(num_layers=len(sources_LE), num_experts=num_experts)
+
+
+def read_table(path: str | Path | None, checkpoint: Checkpoint) -> CorrelationTable | None:
+    """What `poise record --table` wrote for this model, as a start. Raises TraceError if it is damaged or of another model."""
+    if path is None:
+        return None
+    table = CorrelationTable.load(Path(path), model=model_fingerprint(checkpoint))
+    table.lighten()
+    return table
+
+
+def make_prefetcher(
+    policy: Policy, spec: ModelSpec, store: ExpertStore, table: CorrelationTable | None
+) -> Prefetcher | None:
+    """None where the policy has no use for one. Without a table it begins with an empty one."""
+    if policy.read_ahead not in ("foreseen", "hot"):
+        return None
+    num_experts = max(spec.experts_L)
+    top_k = min(max(1, spec.top_k), num_experts)
+    empty = CorrelationTable(num_layers=len(spec.moe_layers), num_experts=num_experts, top_k=top_k)
+    return Prefetcher(table or empty, store)

@@ -1,0 +1,179 @@
+"""Dense weights of decoder layers, read layer by layer through a few slots, behind compute.
+
+A hook before each streamed layer stops every batch of the group at a door (``model.seam``); when all are there, the layer
+before is left by everyone, its slot takes the next read, and the layer's parameters are laid over its own slot. Outside its
+turn a streamed parameter lies on the meta device, so that a use at the wrong time fails. Embeddings, the head, buffers and
+what is no plain tensor on disk are not here: they stay in memory (``model.decoder_layers``).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from poise.model.decoder_layers import DecoderLayer
+from poise.model.dense import as_tensor
+from poise.model.seam import wait_for_the_others
+from poise.offload.arena import Arena
+from poise.offload.read_plan import ReadPlan, plan_reads
+from poise.offload.reader import Reader
+from poise.plan.dense import NUM_SLOTS
+
+READER_THREADS = 1
+"""A layer is a few large reads in a row; experts are read beside it."""
+
+
+@dataclass(slots=True)
+class DenseCounters:
+    """Since the stream was made. ``late`` counts the layers that were not there when their turn came."""
+
+    reads: int = 0
+    bytes_read: int = 0
+    late: int = 0
+
+
+@dataclass(slots=True)
+class _Slot:
+    """``layer``: position among the streamed layers of what it holds or is being read into it; None when empty.
+
+    ``error``: why its last read failed.
+    """
+
+    layer: int | None = None
+    is_loading: bool = False
+    error: Exception | None = None
+
+
+def slot_bytes_for(layer: DecoderLayer) -> int:
+    """Bytes a slot needs to take the layer's dense weights."""
+    return plan_reads(list(layer.parts.values())).nbytes
+
+
+class DenseStream:
+    """Streams the dense weights of ``layers`` (in the order in which a pass comes to them) into ``model``.
+
+    Their parameters must be registered and on the meta device. The hooks stay until ``close``.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[DecoderLayer]) -> None:
+        assert len(layers) > NUM_SLOTS, "so few layers take no more memory than their slots"
+        self._plans = [plan_reads(list(layer.parts.values())) for layer in layers]
+        self._arena = Arena(NUM_SLOTS, max(plan.nbytes for plan in self._plans))
+        self._slots = [_Slot() for _ in range(NUM_SLOTS)]
+        self._parameters_LS = [
+            [_laid_out(model, layer, plan, self._arena, slot) for slot in range(NUM_SLOTS)]
+            for layer, plan in zip(layers, self._plans, strict=True)
+        ]
+        self._absent_L = [[model.get_parameter(name) for name in layer.parts] for layer in layers]
+        self._owners_L = [
+            [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in layer.parts]
+            for layer in layers
+        ]
+        self._reader = Reader([ref.file for layer in layers for ref in layer.parts.values()], threads=READER_THREADS)
+        self._changed = threading.Condition()
+        self._current: int | None = None
+        self._group = 1
+        self.counters = DenseCounters()
+        self._hooks = [
+            model.get_submodule(layer.name).register_forward_pre_hook(functools.partial(self._at_door, position))
+            for position, layer in enumerate(layers)
+        ]
+        self._read_ahead(0)
+
+    def begin_pass(self, num_batches: int) -> None:
+        """Says how many batches come to each layer."""
+        self._group = num_batches
+
+    def end_pass(self) -> None:
+        """All batches have ended, or were aborted: the first layers of the next pass are read."""
+        self._group = 1
+        self._leave()
+        self._read_ahead(0)
+
+    def close(self) -> None:
+        """Ends the reader thread and takes the hooks off; the layers cannot run any more. Safe to call twice."""
+        for hook in self._hooks:
+            hook.remove()
+        self._leave()
+        self._reader.close()
+
+    def _at_door(self, position: int, module: nn.Module, arguments: Any) -> None:
+        if self._group > 1:
+            wait_for_the_others()
+        if self._current != position:
+            self._enter(position)
+
+    def _enter(self, position: int) -> None:
+        """The layer's turn: its weights are there when this returns. Raises ReadError when the disk fails."""
+        self._leave()
+        with self._changed:
+            if not any(slot.layer == position and not slot.is_loading for slot in self._slots):
+                self.counters.late += 1
+            self._read_ahead(position)
+            while any(slot.layer == position and slot.is_loading for slot in self._slots):
+                self._changed.wait()
+            index = next((place for place, slot in enumerate(self._slots) if slot.layer == position), None)
+            if index is None:
+                raise next(slot.error for slot in self._slots if slot.error is not None)
+        self._current = position
+        self._point(position, self._parameters_LS[position][index])
+
+    def _leave(self) -> None:
+        if self._current is not None:
+            self._point(self._current, self._absent_L[self._current])
+            self._current = None
+
+    def _point(self, position: int, parameters: Sequence[nn.Parameter]) -> None:
+        for (module, key), parameter in zip(self._owners_L[position], parameters, strict=True):
+            module._parameters[key] = parameter
+
+    def _read_ahead(self, position: int) -> None:
+        """Starts the reads of this layer and of those behind it, a slot each, where they are not there or failed."""
+        wanted = [(position + ahead) % len(self._plans) for ahead in range(NUM_SLOTS)]
+        with self._changed:
+            for layer in wanted:
+                if any(slot.layer == layer for slot in self._slots):
+                    continue
+                index = next(place for place, slot in enumerate(self._slots) if slot.layer not in wanted)
+                # After an aborted pass a slot may still be read into for a layer whose turn is not now.
+                while self._slots[index].is_loading:
+                    self._changed.wait()
+                self._start(layer, index)
+
+    def _start(self, layer: int, index: int) -> None:
+        plan, slot = self._plans[layer], self._slots[index]
+        slot.layer, slot.is_loading, slot.error = layer, True, None
+        self.counters.reads += 1
+        self.counters.bytes_read += plan.nbytes
+        reads = [
+            (
+                extent.file,
+                extent.file_offset,
+                extent.needed_bytes,
+                self._arena.view_of(index, extent.slot_offset, extent.nbytes),
+            )
+            for extent in plan.extents
+        ]
+        self._reader.submit(reads, functools.partial(self._arrived, slot))
+
+    def _arrived(self, slot: _Slot, error: Exception | None) -> None:
+        """On the reader thread."""
+        with self._changed:
+            slot.is_loading = False
+            slot.error = error
+            slot.layer = slot.layer if error is None else None
+            self._changed.notify_all()
+
+
+def _laid_out(model: nn.Module, layer: DecoderLayer, plan: ReadPlan, arena: Arena, slot: int) -> list[nn.Parameter]:
+    """The layer's parameters over a slot, in the order of its parts."""
+    parameters = []
+    for ref in layer.parts.values():
+        values = as_tensor(arena.bytes_of(slot, plan.slot_offsets[ref], ref.nbytes), ref)
+        parameters.append(nn.Parameter(values, requires_grad=False))
+    return parameters

@@ -1,0 +1,298 @@
+"""Keys and values of batches that are not computing lie in scratch files; two batches' share of one layer is in memory.
+
+A cache layer of transformers is replaced by one whose ``update`` brings the past of its batch into a slot, writes the new
+tokens behind it, in the slot and to disk, and returns views of the slot. Meanwhile the other slot is filled for the batch
+that comes next. On disk each (batch, layer) has a region for the batch's final length, one record per token: keys and values
+of all its rows side by side. So a pass reads one stretch and appends one, whose first block is rewritten from the slot: no
+tail is kept in memory. Sliding windows and recurrent states are small and stay where they are (``model.cache``).
+
+Contract: one thread; an attention has ended when the next ``update`` comes. Legend: B rows, H heads, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from poise.model.cache import movable_layers
+from poise.offload.arena import Arena
+from poise.offload.read_plan import ALIGNMENT
+from poise.offload.scratch import Job, Scratch, ScratchThread
+
+CACHE_LINE = 64
+_COMPACTED_TOKENS = 64
+"""Records that are cut to fewer rows at once; bounds the copy made on the way."""
+
+
+@dataclass(slots=True)
+class KvCounters:
+    """Since the stream was made. ``late`` counts pasts that nobody had begun to read when they were needed."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    late: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """One token of one row: all heads' keys, then all heads' values. ``begin``: the region's place in the file."""
+
+    key_heads: int
+    key_size: int
+    value_heads: int
+    value_size: int
+    dtype: torch.dtype
+    begin: int
+
+    @property
+    def width(self) -> int:
+        return self.key_heads * self.key_size + self.value_heads * self.value_size
+
+    def stride_bytes(self, rows: int) -> int:
+        """From one token to the next: the smallest odd multiple of a cache line that holds ``rows`` records.
+
+        Steps of a power of two meet in the same few lines of the processor's cache: attention took three times as long.
+        """
+        lines = -(-rows * self.width * self.dtype.itemsize // CACHE_LINE)
+        return (lines | 1) * CACHE_LINE
+
+    def keys_BHTD(self, memory_TBW: torch.Tensor) -> torch.Tensor:
+        keys = memory_TBW[..., : self.key_heads * self.key_size]
+        return keys.view(*keys.shape[:2], self.key_heads, self.key_size).permute(1, 2, 0, 3)
+
+    def values_BHTD(self, memory_TBW: torch.Tensor) -> torch.Tensor:
+        values = memory_TBW[..., self.key_heads * self.key_size :]
+        return values.view(*values.shape[:2], self.value_heads, self.value_size).permute(1, 2, 0, 3)
+
+
+class _DiskLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no types
+    """Stands for one layer of a cache. ``rows``: those of each record on disk; ``keep``: which of them are still wanted."""
+
+    def __init__(self, stream: KvStream, scratch: Scratch, rows: int, final_tokens: int) -> None:
+        super().__init__()
+        self.stream = stream
+        self.scratch = scratch
+        self.rows = rows
+        self.final_tokens = final_tokens
+        self.tokens = 0
+        self.keep: list[int] | None = None
+        self.record: _Record | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The past and the new tokens, shapes (B, H, T, D). The views hold until the next layer's update."""
+        return self.stream.update(self, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens stored."""
+        return self.tokens
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Leaves these rows; the others are cut off when the layer is next in memory."""
+        before = list(range(self.rows)) if self.keep is None else self.keep
+        self.keep = [before[row] for row in beam_idx.tolist()]
+
+    def region_bytes(self) -> int:
+        """Bytes at the final length, aligned."""
+        assert self.record is not None, "a layer that has seen no token has no shape"
+        return _up(self.final_tokens * self.record.stride_bytes(self.rows))
+
+
+@dataclass(slots=True)
+class _Slot:
+    """``layer``: whose past it holds, once ``job`` is done."""
+
+    layer: _DiskLayer | None = None
+    job: Job | None = None
+
+
+class KvStream:
+    """Caches whose attention layers lie on disk. ``directory``: where the scratch files are made, one per batch."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._thread = ScratchThread()
+        self._scratch_of: dict[int, tuple[Any, Scratch]] = {}
+        self._arena: Arena | None = None
+        self._slots = (_Slot(), _Slot())
+        self._computing = 0
+        self._group: list[list[_DiskLayer]] = []
+        self._next: dict[int, _DiskLayer] = {}
+        self._trace: list[_DiskLayer] = []
+        self._stretches: list[list[int]] | None = None
+        self.counters = KvCounters()
+
+    def adopt(self, model: Any, cache: DynamicCache, *, rows: int, final_tokens: int) -> None:
+        """Moves an empty cache's attention layers to disk, for ``rows`` sequences of at most ``final_tokens`` tokens.
+
+        Raises UsageError where no file can be made; a disk that is too full says so in the first pass.
+        """
+        places = movable_layers(model, cache)
+        if not places:
+            return
+        scratch = Scratch(self.directory)
+        self._scratch_of[id(cache)] = cache, scratch
+        for place in places:
+            cache.layers[place] = _DiskLayer(self, scratch, rows, final_tokens)
+
+    def forget(self, cache: Any) -> None:
+        """Gives back the disk's space of a cache that is used no more; any other cache is fine too."""
+        if id(cache) not in self._scratch_of:
+            return
+        _, scratch = self._scratch_of.pop(id(cache))
+        for slot in self._slots:
+            if slot.layer is not None and slot.layer.scratch is scratch:
+                slot.layer = None
+            # Whatever is under way in a slot, of this cache or not, has been submitted behind all of this cache's writes.
+            if slot.job is not None:
+                slot.job.done.wait()
+        self._group, self._next, self._trace = [], {}, []
+        scratch.close()
+
+    def forget_all(self) -> None:
+        """Gives back all the space and the slots' memory, between calls and after an error."""
+        for cache, _ in list(self._scratch_of.values()):
+            self.forget(cache)
+        self._slots = (_Slot(), _Slot())
+        self._arena = None
+
+    def close(self) -> None:
+        """Ends the thread and gives everything back. Safe to call twice."""
+        self.forget_all()
+        self._thread.close()
+
+    def begin_pass(self, caches: Sequence[Any]) -> None:
+        """Says which caches take part, in which order. The first past is read at once."""
+        self._group = [[layer for layer in cache.layers if isinstance(layer, _DiskLayer)] for cache in caches]
+        order = self._expected_order()
+        self._next = {id(layer): after for layer, after in pairwise(order)}
+        self._trace = []
+        if order:
+            self._read_ahead(order[0])
+
+    def end_pass(self) -> None:
+        """Learns between which layers a pass goes on to the next batch, from passes of several."""
+        if len(self._group) < 2 or len(self._trace) != sum(map(len, self._group)):
+            return
+        batch_of = {id(layer): number for number, layers in enumerate(self._group) for layer in layers}
+        place_of = {id(layer): place for place, layer in enumerate(self._group[0])}
+        runs = groupby(self._trace, key=lambda layer: batch_of[id(layer)])
+        self._stretches = [[place_of[id(layer)] for layer in run] for batch, run in runs if batch == 0]
+
+    def update(
+        self, layer: _DiskLayer, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``_DiskLayer.update`` returns. Raises ReadError when the disk fails, UsageError when it is too full."""
+        rows, _, new_tokens, _ = keys_BHTD.shape
+        record = layer.record or self._make_region(layer, keys_BHTD, values_BHTD)
+        self._trace.append(layer)
+        slot = self._brought_back(layer)
+        end = layer.tokens + new_tokens
+        assert rows == (layer.rows if layer.keep is None else len(layer.keep)), (
+            "the batch has other rows than its cache"
+        )
+        assert end <= layer.final_tokens, f"a cache for {layer.final_tokens} tokens was given {end}"
+        changed = 0 if layer.keep is not None else layer.tokens * record.stride_bytes(rows)
+        if layer.keep is not None:
+            _compact(
+                self._memory(slot, layer.tokens, layer.rows, record),
+                self._memory(slot, layer.tokens, rows, record),
+                layer.keep,
+            )
+            layer.rows, layer.keep = rows, None
+        memory_TBW = self._memory(slot, end, rows, record)
+        record.keys_BHTD(memory_TBW)[:, :, layer.tokens :].copy_(keys_BHTD)
+        record.values_BHTD(memory_TBW)[:, :, layer.tokens :].copy_(values_BHTD)
+        layer.tokens = end
+        after = self._next.get(id(layer))
+        if after is not None:
+            self._read_ahead(after)
+        self._submit(slot, layer, _down(changed), _up(end * record.stride_bytes(rows)), is_write=True)
+        return record.keys_BHTD(memory_TBW), record.values_BHTD(memory_TBW)
+
+    def _brought_back(self, layer: _DiskLayer) -> int:
+        """The slot in which the layer's past is; the attention that computed before is over."""
+        slot = next((place for place, slot in enumerate(self._slots) if slot.layer is layer), None)
+        if slot is None:
+            slot = 1 - self._computing
+            self._fill(slot, layer)
+            self.counters.late += layer.tokens > 0
+        self._computing = slot
+        job = self._slots[slot].job
+        if job is not None:
+            job.wait()
+        return slot
+
+    def _read_ahead(self, layer: _DiskLayer) -> None:
+        if layer.tokens and all(slot.layer is not layer for slot in self._slots):
+            self._fill(1 - self._computing, layer)
+
+    def _fill(self, slot: int, layer: _DiskLayer) -> None:
+        """Gives the slot to a layer and starts to read its past. What was written from the slot has been submitted before."""
+        self._slots[slot].layer = layer
+        if layer.tokens:
+            assert layer.record is not None, "a layer with tokens has a shape"
+            self._submit(slot, layer, 0, _up(layer.tokens * layer.record.stride_bytes(layer.rows)), is_write=False)
+
+    def _submit(self, slot: int, layer: _DiskLayer, begin: int, end: int, *, is_write: bool) -> None:
+        assert layer.record is not None, "a layer without a shape has no region"
+        assert self._arena is not None, "there are no slots"
+        memory = self._arena.view_of(slot, begin, end - begin)
+        job = Job(layer.scratch, is_write, layer.record.begin + begin, memory)
+        if is_write:
+            self.counters.bytes_written += end - begin
+        else:
+            self.counters.bytes_read += end - begin
+        self._slots[slot].job = job
+        self._thread.submit(job)
+
+    def _memory(self, slot: int, tokens: int, rows: int, record: _Record) -> torch.Tensor:
+        """The first tokens of a slot, shape (T, B, record)."""
+        assert self._arena is not None, "there are no slots"
+        flat = self._arena.bytes_of(slot, 0, tokens * record.stride_bytes(rows)).view(record.dtype)
+        return flat.view(tokens, -1)[:, : rows * record.width].view(tokens, rows, record.width)
+
+    def _make_region(self, layer: _DiskLayer, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor) -> _Record:
+        """Takes the disk's space and, where the slots are too small for it, makes new ones."""
+        (_, key_heads, _, key_size), (_, value_heads, _, value_size) = keys_BHTD.shape, values_BHTD.shape
+        shape = _Record(key_heads, key_size, value_heads, value_size, keys_BHTD.dtype, 0)
+        begin = layer.scratch.grow(layer.final_tokens * shape.stride_bytes(layer.rows))
+        layer.record = _Record(key_heads, key_size, value_heads, value_size, keys_BHTD.dtype, begin)
+        layer.is_initialized = True
+        if self._arena is None or self._arena.slot_bytes < layer.region_bytes():
+            for slot in self._slots:
+                if slot.job is not None:
+                    slot.job.wait()
+            self._slots = (_Slot(), _Slot())
+            self._arena = None
+            self._arena = Arena(len(self._slots), layer.region_bytes())
+        return layer.record
+
+    def _expected_order(self) -> list[_DiskLayer]:
+        """Layer by layer through all batches, or as the last pass of several batches went."""
+        stretches = self._stretches or [[place] for place in range(max(map(len, self._group), default=0))]
+        return [layers[place] for stretch in stretches for layers in self._group for place in stretch if layers]
+
+
+def _compact(memory_TBW: torch.Tensor, kept_TBW: torch.Tensor, keep: Sequence[int]) -> None:
+    """Moves the rows ``keep`` of every record together. Both tensors begin at one place; the kept lie closer."""
+    assert kept_TBW.stride(0) <= memory_TBW.stride(0), "a cache gained rows"
+    for begin in range(0, len(memory_TBW), _COMPACTED_TOKENS):
+        chunk = slice(begin, begin + _COMPACTED_TOKENS)
+        kept_TBW[chunk] = memory_TBW[chunk, list(keep)]
+
+
+def _down(nbytes: int) -> int:
+    return nbytes // ALIGNMENT * ALIGNMENT
+
+
+def _up(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,97 @@
+"""A short measurement for runs without ``--machine``: a few seconds once, then from a file in the user's cache.
+
+The file's name says what it was measured on: processor, threads, versions, the model's shapes, and the disk. Anything else
+there is measured anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from poise.errors import MachineError
+from poise.profile.hardware import cpu_model
+from poise.profile.mounts import mount_of
+from poise.profile.progress import progress_bar
+from poise.profile.run import QUICK, Effort, TimedPoint, profile_machine
+from poise.profile.subject import Subject
+from poise.spec.machine import VERSION, Machine
+
+logger = logging.getLogger(__name__)
+
+MAX_SPREAD = 0.3
+"""Times that vary by more are those of other programs as much as of the machine: not worth keeping."""
+
+
+def calibrate(
+    subject: Subject, *, effort: Effort = QUICK, cache_folder: Path | None = None, show_progress: bool = True
+) -> Machine:
+    """The machine as it is for one model: from the cache, or measured in 5 to 10 seconds and put there.
+
+    ``cache_folder``: None is ``$XDG_CACHE_HOME/poise``, else ``~/.cache/poise``. What cannot be read or written there is said
+    once, as a warning; so is a machine too busy to be measured, which is not kept. Memory beyond what ``subject`` holds stays
+    within about twice ``effort.scratch_bytes``. A bar is shown where standard error is a terminal. Raises ReadError when the
+    disk fails.
+    """
+    folder = default_cache_folder() if cache_folder is None else cache_folder
+    file = folder / f"machine-{machine_fingerprint(subject, effort)}.json"
+    if file.exists():
+        try:
+            return Machine.load(file)
+        except MachineError as error:
+            logger.warning("%s; measuring anew", error)
+    with progress_bar("Measuring this machine once", shown=show_progress) as on_progress:
+        profile = profile_machine([subject], effort, on_progress=on_progress)
+    machine, spread = profile.machine, typical_spread(profile.points)
+    if spread > MAX_SPREAD:
+        logger.warning(
+            "this machine is busy: the times measured of it vary by %.0f %%, so they are used now and not kept",
+            100 * spread,
+        )
+        return machine
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        machine.save(file)
+    except (OSError, MachineError) as error:
+        logger.warning("the measurement of this machine is not kept: %s", error)
+    return machine
+
+
+def typical_spread(points: Sequence[TimedPoint]) -> float:
+    """The median over points of how far the 95 % interval reaches, relative to the time; 0 where none was run thrice."""
+    times = [point.time for point in points if point.time.runs >= 3]
+    reaches = [max(time.high_s - time.seconds, time.seconds - time.low_s) / time.seconds for time in times]
+    return statistics.median(reaches) if reaches else 0.0
+
+
+def default_cache_folder() -> Path:
+    """As the XDG base directory specification says."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "poise"
+
+
+def machine_fingerprint(subject: Subject, effort: Effort) -> str:
+    """Short, and equal only where the same times are to be expected."""
+    disk = None
+    if subject.sources_LE is not None:
+        mount = mount_of(subject.sources_LE[0][0].parts[0].file)
+        disk = (mount.source, mount.kind) if mount else None
+    facts = [
+        VERSION,
+        cpu_model(),
+        torch.get_num_threads(),
+        torch.__version__,
+        transformers.__version__,
+        subject.fingerprint(),
+        disk,
+        repr(effort),
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

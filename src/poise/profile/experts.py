@@ -1,0 +1,109 @@
+"""The time of experts as the engine runs them: ``offload.moe_layer`` over weights that lie in an arena of slots.
+
+An expert's weights come from memory at every use in the engine, so the experts take turns here too: as many as the scratch
+memory holds, more bytes than a processor's cache where it allows that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from poise.model.layout import ExpertSource, Weights
+from poise.model.seam import Parked
+from poise.offload.arena import Arena
+from poise.offload.moe_layer import run_experts
+from poise.offload.read_plan import plan_reads
+from poise.offload.weights import Packed, stays_as_read, weights_in_slot
+from poise.profile.measure import Clock, Run
+from poise.profile.rates import read_into_slots
+from poise.profile.subject import Subject, fill_random
+
+MAX_EXPERTS = 32
+"""Experts in memory at once."""
+TENSOR_ALIGNMENT = 64
+
+
+class ResidentExperts:
+    """Stands for a store whose experts are all in memory; hands out the next ``active`` ones as 0, 1, ..."""
+
+    def __init__(self, weights_E: Sequence[Weights]) -> None:
+        self.num_experts = len(weights_E)
+        self._weights = itertools.cycle(weights_E)
+        self._names: Iterator[int] = iter(())
+
+    def ask(self, active: int) -> None:
+        """Says how many experts a layer is about to take."""
+        self._names = iter(range(active))
+
+    def take(self) -> tuple[int, Weights]:
+        return next(self._names), next(self._weights)
+
+    def release(self, expert: int) -> None:
+        """Nothing is evicted."""
+
+
+def load_experts(subject: Subject, *, scratch_bytes: int) -> ResidentExperts:
+    """Experts in an arena: the model's own, read by the engine's reader, where they lie on disk as they are computed with."""
+    nbytes = sum(_padded(shape, subject.dtype) for shape in subject.param_shapes.values())
+    count = max(1, min(MAX_EXPERTS, subject.modules[0].num_experts, scratch_bytes // nbytes))
+    sources = subject.sources_LE[0][:count] if subject.sources_LE is not None else ()
+    if sources and all(map(stays_as_read, sources)) and (weights_E := _read(sources)) is not None:
+        return ResidentExperts(weights_E)
+    arena = Arena(count, nbytes)
+    return ResidentExperts([_random(subject, arena, slot) for slot in range(count)])
+
+
+def expert_run(
+    subject: Subject, experts: ResidentExperts, *, tokens: int, active: int, clock: Clock = time.perf_counter
+) -> Run:
+    """A run of one MoE layer: ``tokens`` rows in all, each for one expert, spread evenly over ``active`` of them."""
+    assert tokens % active == 0, "tokens are spread evenly"
+    assert active <= experts.num_experts, "so many experts are not in memory"
+    generator = torch.Generator().manual_seed(tokens)
+    hidden_TH = torch.randn((tokens, subject.hidden), generator=generator).to(subject.dtype)
+    choice_T = torch.arange(active).repeat_interleave(tokens // active)[torch.randperm(tokens, generator=generator)]
+    weights_T1 = torch.full((tokens, 1), 0.5, dtype=subject.dtype)
+    parked = [Parked(subject.experts_module, hidden_TH, choice_T.unsqueeze(1), weights_T1)]
+
+    def run() -> tuple[float, ...]:
+        experts.ask(active)
+        with torch.inference_mode():
+            begin = clock()
+            run_experts(experts, parked, [None])
+            return (clock() - begin,)
+
+    return run
+
+
+def _read(sources: Sequence[ExpertSource]) -> list[Weights] | None:
+    """The experts' weights over the bytes that the engine's reader brings; None where they are still quantised there."""
+    plans = [plan_reads(source.parts) for source in sources]
+    arena = Arena(len(plans), max(plan.nbytes for plan in plans))
+    read_into_slots([part.file for source in sources for part in source.parts], plans, arena)
+    loaded: list[Weights] = []
+    for slot, (source, plan) in enumerate(zip(sources, plans, strict=True)):
+        weights = weights_in_slot(arena, slot, source, plan, None, lambda source, raw: {})
+        if isinstance(weights, Packed):
+            return None
+        loaded.append(weights)
+    return loaded
+
+
+def _random(subject: Subject, arena: Arena, slot: int) -> Weights:
+    weights: Weights = {}
+    offset = 0
+    for param, shape in subject.param_shapes.items():
+        size = math.prod(shape) * subject.dtype.itemsize
+        place = arena.bytes_of(slot, offset, size).view(subject.dtype).view(shape)
+        weights[param] = (fill_random(place),)
+        offset += _padded(shape, subject.dtype)
+    return weights
+
+
+def _padded(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return -(-math.prod(shape) * dtype.itemsize // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT

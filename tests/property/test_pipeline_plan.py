@@ -1,0 +1,202 @@
+"""The pipeline planner: plans fit, are refused only when they must be, and get faster with memory and with the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from poise.cost.layer_costs import RooflineCosts
+from poise.errors import BudgetError
+from poise.plan.dense import DensePlan
+from poise.plan.memory import ActivationSpec
+from poise.plan.passes import Held, PassShape, Routing, time_pass
+from poise.plan.pipeline import WORTH_FRAC, PipelineModel, PipelinePlan, plan_pipeline
+from poise.plan.workload import Workload, stages
+from poise.spec.model_spec import CacheSpec, ModelSpec
+from poise.units import GIB, KIB, MIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything but the budget."""
+
+    model: PipelineModel
+    costs: RooflineCosts
+    workload: Workload
+
+    def plan(self, memory_bytes: int) -> PipelinePlan:
+        return plan_pipeline(self.model, self.costs, self.workload, memory_bytes=memory_bytes)
+
+    def smallest_budget(self) -> int:
+        """As the refusal of no budget at all states it."""
+        with pytest.raises(BudgetError) as refusal:
+            self.plan(1)
+        return refusal.value.smallest_bytes
+
+
+def model_spec(*, layers: int, experts: int, top_k: int, expert_bytes: int, dense_bytes: int) -> ModelSpec:
+    return ModelSpec(
+        architecture="Test",
+        model_type="test",
+        num_layers=layers,
+        moe_layers=tuple(range(layers)),
+        experts_L=(experts,) * layers,
+        top_k=top_k,
+        hidden=1024,
+        vocabulary=1000,
+        context_tokens=8192,
+        expert_bytes=expert_bytes,
+        experts_bytes=expert_bytes * experts * layers,
+        dense_bytes=dense_bytes,
+        dtype="bfloat16",
+    )
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> Job:
+    prompts = tuple(draw(st.lists(st.integers(1, 3_000), min_size=1, max_size=30)))
+    layers, experts = draw(st.integers(1, 20)), draw(st.integers(2, 64))
+    per_layer = draw(st.integers(0, 16 * KIB))
+    expert_bytes = draw(st.integers(4 * KIB, 100 * MIB))
+    dense_bytes = draw(st.integers(MIB, 4 * GIB))
+    model = PipelineModel(
+        spec=model_spec(
+            layers=layers,
+            experts=experts,
+            top_k=draw(st.integers(1, min(8, experts))),
+            expert_bytes=expert_bytes,
+            dense_bytes=dense_bytes,
+        ),
+        cache=CacheSpec(
+            bytes_per_token=per_layer * layers,
+            largest_layer_bytes_per_token=per_layer,
+            state_bytes=draw(st.integers(0, MIB)),
+            movable_bytes_per_token=per_layer * layers,
+        ),
+        activation=ActivationSpec(
+            hidden=1024,
+            width=draw(st.sampled_from([64, 4096])),
+            expert_width=draw(st.sampled_from([64, 3072])),
+            top_k=8,
+            vocabulary=draw(st.sampled_from([128, 150_000])),
+            itemsize=draw(st.sampled_from([2, 4])),
+            materialised_heads=draw(st.sampled_from([0, 64])),
+        ),
+        dense=(DensePlan(streamed=(), slot_bytes=0, memory_bytes=dense_bytes, bytes_per_pass=0),),
+        slot_bytes=expert_bytes + 4 * KIB,
+        scratch_bytes=draw(st.sampled_from([0, MIB])),
+        max_slots=draw(st.none() | st.integers(1, 100)),
+        may_move_cache=draw(st.sampled_from([(False,), (True,), (False, True)])),
+    )
+    costs = RooflineCosts(
+        expert_bytes=expert_bytes,
+        attention_bytes=max(1, dense_bytes // layers),
+        head_bytes=MIB,
+        itemsize=2,
+        disk_bytes_per_s=draw(st.sampled_from([1e8, 1e9, 1e10])),
+    )
+    new = draw(st.integers(1, 500))
+    return Job(model=model, costs=costs, workload=Workload(prompt_tokens=prompts, new_tokens=(new,) * len(prompts)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(jobs(), st.floats(1.0, 50.0))
+def test_a_plan_never_exceeds_its_budget(job: Job, factor: float) -> None:
+    budget = int(job.smallest_budget() * factor)
+    plan = job.plan(budget)
+    assert plan.memory_bytes <= plan.budget_bytes == budget
+    experts = sum(job.model.spec.experts_L)
+    assert 1 <= plan.num_slots <= min(experts, job.model.max_slots or experts)
+    assert 1 <= plan.prefetch_experts <= max(1, plan.num_slots // 2)
+    assert (plan.group.num_batches - 1) * plan.group.batch_size < job.workload.num_requests, "a batch without rows"
+    assert plan.cache_on_disk in job.model.may_move_cache
+    assert plan.predicted_tokens_per_s <= plan.bound_tokens_per_s * (1 + 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(jobs())
+def test_the_smallest_budget_of_a_refusal_works_and_a_byte_less_does_not(job: Job) -> None:
+    smallest = job.smallest_budget()
+    assert job.plan(smallest).num_slots == 1
+    with pytest.raises(BudgetError, match=f"the smallest that works is {smallest} bytes") as refusal:
+        job.plan(smallest - 1)
+    assert refusal.value.smallest_bytes == smallest
+    assert "\n" not in str(refusal.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(jobs(), st.floats(1.0, 20.0), st.floats(1.0, 20.0))
+def test_more_memory_is_never_slower(job: Job, factor: float, more: float) -> None:
+    smallest = job.smallest_budget()
+    less, greater = job.plan(int(smallest * factor)), job.plan(int(smallest * factor * more))
+    assert greater.predicted_tokens_per_s >= less.predicted_tokens_per_s * (1.0 - 2 * WORTH_FRAC)
+
+
+@settings(max_examples=40, deadline=None)
+@given(jobs())
+def test_with_plenty_of_memory_every_expert_stays_and_nothing_is_read_twice(job: Job) -> None:
+    job = replace(job, model=replace(job.model, max_slots=None, may_move_cache=(False, True)))
+    plan = job.plan(10**15)
+    assert plan.num_slots == sum(job.model.spec.experts_L)
+    assert plan.decode.disk_s == 0.0
+    assert not plan.cache_on_disk
+
+
+@settings(max_examples=60, deadline=None)
+@given(jobs())
+def test_every_prompt_token_and_every_further_token_has_a_pass(job: Job) -> None:
+    plan = job.plan(10**15)
+    prefill = decode = 0.0
+    for stage in stages(job.workload, plan.group):
+        prefill += stage.passes * stage.shape.prefill_tokens
+        decode += stage.passes * stage.shape.decode_rows
+    prompts, new = sum(job.workload.prompt_tokens), sum(job.workload.new_tokens)
+    assert prefill >= prompts * (1 - 1e-9)
+    assert decode == pytest.approx(new - job.workload.num_requests)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 512), st.integers(0, 128), st.integers(1, 16))
+def test_a_pass_is_the_larger_of_disk_and_compute_and_the_last_inequality_says_which(
+    rows: int, resident: int, ahead: int
+) -> None:
+    costs = RooflineCosts(expert_bytes=9 * MIB, attention_bytes=20 * MIB, head_bytes=16 * MIB, itemsize=2)
+    shape = PassShape(batch_size=16, decode_rows=rows, prefill_tokens=0, chunk_tokens=16, context_tokens=64)
+    held = Held(resident=resident, ahead=ahead, streamed_bytes=0, cache_bytes_per_token=0)
+    routing = Routing.uniform((64,) * 16, 8)
+    time = time_pass(shape, held, costs=costs, routing=routing, expert_bytes=9 * MIB, num_layers=16)
+    assert time.seconds == time.limit_s + time.exposed_s >= max(time.disk_s, time.compute_s)
+    assume(abs(time.disk_s - time.compute_s) > 0.05 * time.limit_s)
+    assert time.inequalities[-1].holds == (time.compute_s > time.disk_s)
+
+
+def test_routing_that_was_recorded_needs_fewer_reads_than_uniform_routing_does() -> None:
+    skewed = Routing.recorded([[1000, 500, *[1] * 62]] * 4, top_k=8)
+    uniform = Routing.uniform((64,) * 4, 8)
+    assert skewed.active_and_missing(16, 8)[1] < uniform.active_and_missing(16, 8)[1]
+    assert uniform.active_and_missing(10_000, 0)[0] == pytest.approx(256)
+    assert uniform.active_and_missing(1, 0)[0] == pytest.approx(4 * 8)
+
+
+def test_one_disk_bound_sequence_more_per_pass_is_nearly_free_so_many_are_planned_together() -> None:
+    """Klotski's reason for many batches: the weights are read once for all."""
+    spec = model_spec(layers=16, experts=64, top_k=8, expert_bytes=9 * MIB, dense_bytes=300 * MIB)
+    model = PipelineModel(
+        spec=spec,
+        cache=CacheSpec(bytes_per_token=32 * KIB, largest_layer_bytes_per_token=2 * KIB, state_bytes=0),
+        activation=ActivationSpec(
+            hidden=1024, width=2048, expert_width=1536, top_k=8, vocabulary=1000, itemsize=2, materialised_heads=0
+        ),
+        dense=(DensePlan(streamed=(), slot_bytes=0, memory_bytes=300 * MIB, bytes_per_pass=0),),
+        slot_bytes=9 * MIB + 4 * KIB,
+    )
+    costs = RooflineCosts(expert_bytes=9 * MIB, attention_bytes=20 * MIB, head_bytes=2 * MIB, itemsize=2)
+    workload = Workload(prompt_tokens=(32,) * 512, new_tokens=(32,) * 512)
+    plan = plan_pipeline(model, costs, workload, memory_bytes=2 * GIB)
+    one = plan_pipeline(model, costs, workload, memory_bytes=2 * GIB, only=[(4, 1)])
+    assert plan.group.max_rows >= 256
+    assert plan.predicted_tokens_per_s > 20 * one.predicted_tokens_per_s
+    assert plan.bottleneck == "disk"
