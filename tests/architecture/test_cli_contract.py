@@ -19,8 +19,8 @@ POISE = (sys.executable, "-m", "poise")
 
 FLAGS = {
     "generate": (
-        "--prompts --output --resume --overwrite --max-tokens --memory --device --dtype --quantize --temperature --top-p "
-        "--top-k --seed --stop --ignore-eos --json"
+        "--prompts --output --resume --overwrite --max-tokens --memory --device --dtype --quantize --machine "
+        "--timeline --temperature --top-p --top-k --seed --stop --ignore-eos --json"
     ),
     "demo": "--json",
     "profile": "--output --report --json",

@@ -80,6 +80,14 @@ Dtype = Annotated[
         "float16, float32.",
     ),
 ]
+MachineFile = Annotated[
+    Path | None,
+    typer.Option("--machine", metavar="FILE", help="What `poise profile` measured; else measured briefly, once."),
+]
+TimelineFile = Annotated[
+    Path | None,
+    typer.Option("--timeline", metavar="FILE", help="Write what ran when, as a Chrome trace, which Perfetto opens."),
+]
 Quantize = Annotated[
     str,
     typer.Option(
@@ -113,6 +121,8 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = "none",
+    machine: MachineFile = None,
+    timeline: TimelineFile = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = None,
@@ -148,6 +158,8 @@ def generate(
             device=device,
             dtype=dtype,
             quantize=quantize,
+            machine=machine,
+            timeline=timeline,
             sampling=sampling,
             json_output=json_output,
         )

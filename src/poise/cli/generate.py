@@ -17,12 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poise.cli.output import ResultFile, fingerprint, finished_results, output_line
+from poise.cli.output import ResultFile, fingerprint, finished_results, output_line, writable_file
 from poise.cli.progress import Bar, PlainLines, say
 from poise.cli.prompts import PromptRequest, place_of, read_requests
 from poise.engine.request import QUANTIZATIONS, Progress, RequestOutput
 from poise.engine.sampling import SamplingParams
 from poise.errors import PromptError, UsageError
+from poise.report.bubbles import time_shares
+from poise.report.chrome_trace import write_chrome_trace
+from poise.spec.timeline import Timeline
 from poise.units import format_bytes, format_s, parse_bytes
 
 if TYPE_CHECKING:
@@ -47,6 +50,8 @@ class GenerateOptions:
     device: str
     dtype: str
     quantize: str
+    machine: Path | None
+    timeline: Path | None
     sampling: SamplingParams
     json_output: bool
 
@@ -60,6 +65,8 @@ class GenerateOptions:
             raise UsageError(f"quantize {self.quantize!r} is not supported; choose one of {', '.join(QUANTIZATIONS)}")
         if self.memory != "auto":
             parse_bytes(self.memory)
+        if self.timeline is not None:
+            writable_file(self.timeline)
 
 
 def run_generate(options: GenerateOptions) -> None:
@@ -130,17 +137,20 @@ def _generate(options: GenerateOptions, requests: Sequence[PromptRequest], file:
                 device=options.device,
                 dtype=options.dtype,
                 quantize=options.quantize,
+                machine=options.machine,
                 on_made=view.on_made,
                 expected=asked,
             ) as llm:
                 view.bar.clear()
                 _say_header(llm.describe())
+                timeline = None if options.timeline is None else Timeline()
                 llm.generate(
                     [prompt for prompt, _ in asked],
                     [sampling for _, sampling in asked],
                     on_text=view.on_text if view.streams else None,
                     on_result=view.on_result,
                     on_progress=view.on_progress,
+                    timeline=timeline,
                 )
                 stats, plan = _stats(llm), llm.describe()
         except PromptError as error:
@@ -148,8 +158,19 @@ def _generate(options: GenerateOptions, requests: Sequence[PromptRequest], file:
         finally:
             view.end()
         say(_summary(stats))
+        if timeline is not None and options.timeline is not None:
+            _write_timeline(options.timeline, timeline)
     if options.json_output:
         _print_json(list(file.lines()) if file is not None else view.held(), stats, plan)
+
+
+def _write_timeline(path: Path, timeline: Timeline) -> None:
+    """Writes the file and says where the time went, bubbles by name."""
+    write_chrome_trace(path, timeline.spans)
+    shares = time_shares(timeline.spans)
+    parts = {**shares.compute_s, "disk busy": shares.disk_busy_s, **shares.bubbles_s}
+    say(", ".join(f"{name} {format_s(seconds)}" for name, seconds in parts.items()))
+    say(f"timeline in {path}; open it at https://ui.perfetto.dev")
 
 
 def _placed(error: PromptError, pending: Sequence[int], source: str | None) -> PromptError:

@@ -141,11 +141,19 @@ def _check_top_k(config: Any, modules: Sequence[ExpertsModule]) -> None:
     text = config.get_text_config() if config is not None else None
     most = min(module.num_experts + module.num_idle for module in modules)
     for name in _TOP_K_NAMES:
-        top_k = getattr(text, name, None)
+        top_k = stated(text, name)
         if isinstance(top_k, int) and not 1 <= top_k <= most:
             raise CheckpointError(
                 f"{name} in config.json is {top_k}; the model has {most} experts in a layer: it must be 1 to {most}"
             )
+
+
+def stated(config: Any, name: str) -> Any:
+    """A value of a transformers configuration; None where it has none, or one for each layer (Dots3)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
 def goes_through_registry(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
 from poise.model.checkpoint import open_checkpoint
 from poise.model.dense import take_out_experts
 from poise.model.hub import find_model
-from poise.model.inspect import ExpertsModule, build_meta_model, find_experts, load_config, own_dtype
+from poise.model.inspect import ExpertsModule, build_meta_model, find_experts, load_config, own_dtype, stated
 from poise.model.layout import ExpertSource, find_layout
 from poise.model.seam import attach
 from poise.spec.curve import Shape
@@ -76,7 +76,7 @@ class Subject:
     def attention_shape(self) -> Shape:
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_attention_heads", 1)
-        return self._shape(heads * (getattr(config, "head_dim", None) or self.hidden // heads))
+        return self._shape(heads * (stated(config, "head_dim") or self.hidden // heads))
 
     @property
     def gate_shape(self) -> Shape:

@@ -1,0 +1,49 @@
+"""`poise generate --timeline`: a file that Perfetto opens, and a line that says where the time went."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import poise
+
+MODEL = Path(poise.__file__).parent / "assets" / "tiny-moe"
+
+
+def test_a_timeline_is_written_whole_and_its_bubbles_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "timeline.json"
+    arguments = [
+        "generate",
+        str(MODEL),
+        "def main():",
+        "--max-tokens",
+        "4",
+        "--memory",
+        "150MiB",
+        "--timeline",
+        str(file),
+    ]
+    run = subprocess.run([sys.executable, "-m", "poise", *arguments], capture_output=True, text=True, check=True)
+    events = json.loads(file.read_text())["traceEvents"]
+    assert {"attention", "expert", "read"} <= {event["name"] for event in events}
+    assert f"timeline in {file}" in run.stderr
+    assert "disk busy" in run.stderr
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_timeline_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    arguments = ["generate", str(tmp_path / "no-model"), "a", "--timeline", str(tmp_path / "absent" / "t.json")]
+    run = subprocess.run([sys.executable, "-m", "poise", *arguments], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert "absent does not exist" in line
+
+
+def test_a_machine_file_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    arguments = ["generate", str(MODEL), "a", "--machine", str(tmp_path / "machine.json")]
+    run = subprocess.run([sys.executable, "-m", "poise", *arguments], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "machine.json cannot be read" in run.stderr
+    assert "Traceback" not in run.stderr
