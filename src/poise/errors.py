@@ -6,6 +6,7 @@
     │   ├── PromptError         a prompt or a prompt file
     │   ├── MachineError        a description of a machine, or what it does not describe
     │   ├── TraceError          a file of recorded routing: a trace, a correlation table
+    │   ├── PlacementError      a placement of experts, or what one is asked of: loads, ranks, slots, groups
     │   └── BudgetError         the memory budget; carries the smallest that works
     └── ReadError           the disk failed while weights were being read
 
@@ -46,6 +47,10 @@ class MachineError(UsageError):
 
 class TraceError(UsageError):
     """A file of recorded routing that is missing, damaged, of another version, or of another model."""
+
+
+class PlacementError(UsageError):
+    """Loads, slots, groups, or a placement of experts that do not go together, or a placement file that is damaged."""
 
 
 class BudgetError(UsageError):

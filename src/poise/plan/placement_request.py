@@ -1,0 +1,122 @@
+"""What a placement is asked for, checked: loads, slots, the current placement, nodes and groups."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from poise.errors import PlacementError
+from poise.plan.expert_loads import Floats, Ints, copies_of
+from poise.spec.curve import Shape
+
+_ITEM_BYTES = MappingProxyType(
+    {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "fp8": 1, "int8": 1, "int4": 0.5, "mxfp4": 0.53125}
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PlacementRequest:
+    """See ``poise.plan.placement.place_experts`` for the fields. Raises PlacementError where they do not go together."""
+
+    load_LE: Floats
+    num_ranks: int
+    slots_per_rank: int
+    steps: float = 1
+    current_LS: npt.NDArray[np.generic] | None = None
+    max_moves: int | None = None
+    ranks_per_node: int | None = None
+    expert_groups: int | None = None
+
+    def __post_init__(self) -> None:
+        load = self.load_LE
+        _require(load.ndim == 2 and load.size > 0, f"the load has the shape {load.shape}; it must be layers x experts")
+        _require(bool(np.isfinite(load).all() and (load >= 0).all()), "a load is negative or not finite; count tokens")
+        _require(math.isfinite(self.steps) and self.steps > 0, f"steps is {self.steps}; it must be above 0")
+        _require(self.slots_per_rank >= 1, f"slots_per_rank is {self.slots_per_rank}; it must be at least 1")
+        fewest = -(-self.num_experts // self.num_ranks)
+        _require(
+            self.slots_per_rank >= fewest,
+            f"{self.num_experts} experts do not fit into {self.num_ranks} ranks of {self.slots_per_rank} slots; "
+            f"give at least {fewest} slots per rank",
+        )
+        _require(self.max_moves is None or self.max_moves >= 0, f"max_moves is {self.max_moves}; it must be 0 or more")
+        if self.current_LS is not None:
+            self._check_current(self.current_LS)
+        elif self.max_moves is not None:
+            raise PlacementError("max_moves needs the current placement; give current as well")
+        self._check_nodes()
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.load_LE.shape[1])
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_ranks * self.slots_per_rank
+
+    @property
+    def step_load_LE(self) -> Floats:
+        """Tokens of each expert in one step."""
+        return np.asarray(self.load_LE / self.steps)
+
+    @property
+    def current(self) -> Ints | None:
+        return None if self.current_LS is None else self.current_LS.astype(np.int64)
+
+    @property
+    def node_ranks(self) -> int:
+        """Ranks of a node; all of them where nothing is said."""
+        return self.num_ranks if self.ranks_per_node is None else self.ranks_per_node
+
+    @property
+    def num_nodes(self) -> int:
+        return self.num_ranks // self.node_ranks
+
+    def _check_current(self, current: npt.NDArray[np.generic]) -> None:
+        shape = (len(self.load_LE), self.num_slots)
+        _require(
+            current.shape == shape and np.issubdtype(current.dtype, np.integer),
+            f"the current placement is {current.dtype} of shape {current.shape}; "
+            f"it must be whole numbers, layers x slots: {shape}",
+        )
+        experts = current.astype(np.int64)
+        inside = bool((experts >= 0).all() and (experts < self.num_experts).all())
+        _require(inside, f"the current placement names experts outside 0 to {self.num_experts - 1}")
+        missing = np.argwhere(copies_of(experts, self.num_experts) == 0)
+        if len(missing):
+            layer, expert = missing[0].tolist()
+            raise PlacementError(
+                f"the current placement has no slot for expert {expert} of layer {layer} (of those given)"
+            )
+
+    def _check_nodes(self) -> None:
+        per_node = self.ranks_per_node
+        _require(
+            per_node is None or (per_node >= 1 and self.num_ranks % per_node == 0),
+            f"ranks_per_node is {per_node}; it must divide the {self.num_ranks} ranks",
+        )
+        groups = self.expert_groups
+        if groups is None:
+            return
+        _require(per_node is not None, "expert_groups needs ranks_per_node; give it, or leave expert_groups out")
+        _require(
+            groups >= 1 and self.num_experts % groups == 0 and groups % self.num_nodes == 0,
+            f"expert_groups is {groups}; it must divide the {self.num_experts} experts and be a multiple of the "
+            f"{self.num_nodes} nodes; leave it out to place without groups",
+        )
+
+
+def bytes_of(shape: Shape) -> int:
+    """Of one expert with a gate, an up and a down matrix. Raises PlacementError for a dtype whose size is not known."""
+    if shape.dtype not in _ITEM_BYTES:
+        raise PlacementError(f"the size of dtype {shape.dtype!r} is not known; give expert_bytes")
+    return round(3 * shape.hidden * shape.intermediate * _ITEM_BYTES[shape.dtype])
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise PlacementError(problem)
