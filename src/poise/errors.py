@@ -5,8 +5,8 @@
     │   ├── CheckpointError     the model directory or a file in it
     │   ├── PromptError         a prompt or a prompt file
     │   ├── MachineError        a description of a machine, or what it does not describe
-    │   ├── TraceError          a file of recorded routing: a trace, a correlation table
-    │   ├── PlacementError      a placement of experts, or what one is asked of: loads, ranks, slots, groups
+    │   ├── TraceError          a file of recorded routing: a trace, an engine's statistics, a correlation table
+    │   ├── PlacementError      a placement of experts or its file, or what one is asked of: loads, ranks, slots, groups
     │   └── BudgetError         the memory budget; carries the smallest that works
     └── ReadError           the disk failed while weights were being read
 

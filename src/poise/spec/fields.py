@@ -21,7 +21,7 @@ class Fields:
         self.where = where
         self._error = error
         if not isinstance(value, dict):
-            raise error(f"{where} is {_kind(value)}, not an object; write it anew with `poise profile --output`")
+            raise error(f"{where} is {_kind(value)}, not an object; write the file anew")
         self._left: dict[str, object] = dict(value)
 
     def has(self, name: str) -> bool:
@@ -47,6 +47,13 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int):
             raise self._wrong(name, value, "a whole number")
         return value
+
+    def wholes(self, name: str) -> tuple[int, ...]:
+        """A list of whole numbers."""
+        value = self._list(name)
+        if any(isinstance(item, bool) or not isinstance(item, int) for item in value):
+            raise self._wrong(name, value, "a list of whole numbers")
+        return tuple(item for item in value if isinstance(item, int))
 
     def one(self, name: str, parse: Callable[[Fields], T]) -> T:
         """An object."""

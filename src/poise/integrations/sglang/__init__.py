@@ -1,0 +1,1 @@
+"""SGLang: its expert distribution recorder is read, `--init-expert-location` is written."""

@@ -1,0 +1,1 @@
+"""TensorRT-LLM: its expert statistics are read, its load balancer's configuration is written."""
