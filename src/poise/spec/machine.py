@@ -83,12 +83,14 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Devices, links and tiers. ``measured`` is None for a machine that was written by hand."""
+    """Devices, links and tiers. ``measured`` is None for a machine that was written by hand or fitted to others' figures;
+    ``source`` then says whose."""
 
     devices: tuple[Device, ...]
     links: tuple[Link, ...] = ()
     tiers: tuple[Tier, ...] = ()
     measured: Provenance | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -158,6 +160,7 @@ class Machine:
                 links=fields.many("links", _link),
                 tiers=fields.many("tiers", _tier),
                 measured=fields.one("measured", _provenance) if fields.has("measured") else None,
+                source=fields.text("source") if fields.has("source") else None,
             )
         except MachineError as error:
             raise error if str(error).startswith(where) else MachineError(f"{where}: {error}") from None
