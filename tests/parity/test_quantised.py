@@ -80,7 +80,7 @@ def test_all_weights_equal_those_of_transformers_bit_for_bit(
     path = published(architecture)
     plain = dequantised_by_transformers(path, dtype)
     with LLM(path, memory="1GiB", dtype=dtype) as llm:
-        dense = dict(llm._model.named_parameters())
+        dense = dict(llm._blueprint.model.named_parameters())
         assert dense
         for name, weight in dense.items():
             want = plain.get_parameter(name)
@@ -155,7 +155,13 @@ def test_an_expert_takes_the_disk_s_bytes_to_read_and_to_keep(
             llm.generate(prompt, SamplingParams(max_tokens=4, ignore_eos=True))
             progress = llm.last_progress
             assert progress is not None
-            facts.append((progress.bytes_read / llm._open().counters.reads, llm._slot_bytes, llm._scratch_bytes))
+            facts.append(
+                (
+                    progress.bytes_read / llm._open().counters.reads,
+                    llm._blueprint.pipeline.slot_bytes,
+                    llm._blueprint.pipeline.scratch_bytes,
+                )
+            )
     (plain_read, plain_slot, plain_scratch), (read, slot, scratch) = facts
     assert plain_read / read >= least * 0.9, "whole pages are read"
     assert plain_slot / slot >= least * 0.9
@@ -185,4 +191,4 @@ def test_what_a_checkpoint_leaves_unquantised_is_taken_as_it_is(published: Publi
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.gate.weight"} <= left
     with LLM(path, memory="1GiB") as llm:
         for name in left:
-            assert torch.equal(llm._model.get_parameter(name), tensors[name])
+            assert torch.equal(llm._blueprint.model.get_parameter(name), tensors[name])

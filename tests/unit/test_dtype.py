@@ -59,4 +59,4 @@ def test_the_choice_and_its_reason_are_in_the_description(dtype: str, checkpoint
     with LLM(checkpoint("qwen3_moe", dtype), memory="1GiB") as llm:
         facts = llm.describe()
         assert f"checkpoint is {dtype}" in str(facts["dtype_reason"])
-        assert all(str(weight.dtype) == f"torch.{facts['dtype']}" for weight in llm._model.parameters())
+        assert all(str(weight.dtype) == f"torch.{facts['dtype']}" for weight in llm._blueprint.model.parameters())

@@ -15,7 +15,9 @@ from poise.engine.batch import Row
 from poise.engine.sampling import SamplingParams
 from poise.engine.streaming import DenseChoice
 from poise.errors import BudgetError, MachineError
+from poise.model.dense import dense_nbytes
 from poise.model.inspect import ExpertsModule
+from poise.model.layout import CheckpointLayout
 from poise.plan.memory import OVERHEAD_BYTES, ActivationSpec
 from poise.plan.passes import LayerCosts
 from poise.plan.pipeline import PipelineModel, refuse_if_too_small
@@ -120,18 +122,44 @@ def refuse_early(
         raise
 
 
-def activation_spec(
-    model: Any, spec: ModelSpec, *, expert_width: int, itemsize: int, materialised_heads: int
-) -> ActivationSpec:
+def activation_spec(model: Any, spec: ModelSpec, layout: CheckpointLayout, *, itemsize: int) -> ActivationSpec:
     """What a token takes in memory while a pass runs."""
     widths = [parameter.shape[0] for parameter in model.parameters() if parameter.dim() == 2]
     wide = [width for width in widths if width != spec.vocabulary]
     return ActivationSpec(
         hidden=spec.hidden,
         width=max(wide, default=spec.hidden),
-        expert_width=expert_width,
+        expert_width=max(max(shape) for source in layout.experts_LE[0][:1] for shape in source.shapes.values()),
         top_k=spec.top_k,
         vocabulary=spec.vocabulary,
         itemsize=itemsize,
-        materialised_heads=materialised_heads,
+        materialised_heads=_materialised_heads(model.config),
+    )
+
+
+def _materialised_heads(config: Any) -> int:
+    """Heads whose attention scores are written out: none where SDPA has a fused kernel (keys as wide as values)."""
+    text = config.get_text_config()
+    fused = config._attn_implementation == "sdpa" and getattr(text, "kv_lora_rank", None) is None
+    return 0 if fused else int(text.num_attention_heads)
+
+
+def model_spec(model: Any, layout: CheckpointLayout, top_k: int, dtype: torch.dtype) -> ModelSpec:
+    """The model in numbers."""
+    config = model.config.get_text_config()
+    sources = [source for row in layout.experts_LE for source in row]
+    return ModelSpec(
+        architecture=type(model).__name__,
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        moe_layers=tuple(row[0].layer for row in layout.experts_LE),
+        experts_L=tuple(len(row) for row in layout.experts_LE),
+        top_k=top_k,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        context_tokens=getattr(config, "max_position_embeddings", None) or 1 << 20,
+        expert_bytes=max(source.nbytes for source in sources),
+        experts_bytes=sum(source.nbytes for source in sources),
+        dense_bytes=dense_nbytes(model),
+        dtype=str(dtype).removeprefix("torch."),
     )

@@ -1,0 +1,233 @@
+"""A model as it will run, before any of its weights is read: what it is, what it takes, what it costs on this machine.
+
+``LLM`` loads from a blueprint; `poise plan` plans with one and loads nothing. Drawing it up reads the checkpoint's headers,
+builds the model on the meta device, and measures the machine if that was not done before. What cannot run is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poise.engine.batch import Row
+from poise.engine.companions import end_tokens, load_tokenizer
+from poise.engine.dtype import DtypeChoice, choose_for_device
+from poise.engine.footprint import automatic_budget_bytes, reset_peak, resident_bytes
+from poise.engine.planning import Costs, activation_spec, layer_costs, measured_machine, model_spec
+from poise.engine.prefetcher import prefetcher_bytes, read_table
+from poise.engine.probe import Probed, probe_ahead
+from poise.engine.prompts import token_ids
+from poise.engine.quantize import experts_in_4_bits
+from poise.engine.request import QUANTIZATIONS, Prompt
+from poise.engine.sampling import SamplingParams
+from poise.engine.streaming import DenseChoice, can_hold_kv, choose_dense
+from poise.errors import BudgetError, UsageError
+from poise.model.cache import needs_whole_prompts
+from poise.model.checkpoint import Checkpoint, open_checkpoint
+from poise.model.dense import dense_nbytes, take_out_experts
+from poise.model.hub import find_model
+from poise.model.inspect import ExpertsModule, build_meta_model, choose_dtype, find_experts, load_config, own_dtype
+from poise.model.int4_making import OnMade
+from poise.model.int4_store import Int4Store
+from poise.model.layout import CheckpointLayout, find_layout
+from poise.offload.unpacker import ring_bytes_for
+from poise.offload.weights import int4_scratch_bytes_for, slot_bytes_for, staging_bytes_for, unpacked_if_it_fits
+from poise.plan.memory import OVERHEAD_BYTES
+from poise.plan.pipeline import PipelineModel, PipelinePlan, plan_pipeline
+from poise.plan.workload import Workload
+from poise.predict.correlation import CorrelationTable
+from poise.spec.machine import Machine
+from poise.spec.model_spec import ModelSpec
+from poise.units import parse_bytes
+
+READER_THREADS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How a model is to run; the parameters of ``LLM`` of the same names, where they are explained.
+
+    Raises UsageError for values that no model can run with.
+    """
+
+    memory: str | int = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: str = "none"
+    expert_slots: int | None = None
+    dense_layers: int | None = None
+    kv_on_disk: bool | None = None
+    machine: Machine | str | Path | None = None
+    groups: Sequence[tuple[int, int]] | None = None
+    scratch_directory: str | Path | None = None
+    correlation_table: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu"):
+            raise UsageError(
+                f"device {self.device!r} is not supported yet; experts are streamed to the CPU: give auto or cpu"
+            )
+        if self.quantize not in QUANTIZATIONS:
+            raise UsageError(f"quantize {self.quantize!r} is not supported; choose one of {', '.join(QUANTIZATIONS)}")
+        if self.expert_slots is not None and self.expert_slots < 1:
+            raise UsageError(f"expert_slots is {self.expert_slots}; it must be at least 1, or left out")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blueprint:
+    """``model`` lies on the meta device, its experts taken out, until it is loaded in place; all else does not change.
+
+    ``base_bytes``: what the process held before anything that the budget counts. ``end_tokens``: they end a sequence.
+    """
+
+    options: Options
+    checkpoint: Checkpoint
+    model: Any
+    modules: Sequence[ExpertsModule]
+    layout: CheckpointLayout
+    int4: Int4Store | None
+    dtype: DtypeChoice
+    tokenizer: Any
+    end_tokens: frozenset[int]
+    table: CorrelationTable | None
+    budget_bytes: int
+    base_bytes: int
+    dense: DenseChoice
+    pipeline: PipelineModel
+    costs: Costs
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return torch.device("cpu")
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model in numbers."""
+        return self.pipeline.spec
+
+    def row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
+        """A request, ready to run. Raises PromptError for a prompt that cannot."""
+        limits = {"vocabulary": self.spec.vocabulary, "context_tokens": self.spec.context_tokens}
+        ids = token_ids(prompt, params, index=index, tokenizer=self.tokenizer, **limits)
+        return Row(index, ids, params, self.tokenizer)
+
+    def plan(self, workload: Workload) -> PipelinePlan:
+        """How to run it. Raises BudgetError, which names the smallest budget that works."""
+        try:
+            return plan_pipeline(
+                self.pipeline, self.costs.layers, workload, memory_bytes=self.budget_bytes, only=self.options.groups
+            )
+        except BudgetError as error:
+            fixed = self.pipeline.scratch_bytes + OVERHEAD_BYTES
+            raise self.dense.corrected(error, budget_bytes=self.budget_bytes, fixed_bytes=fixed) from None
+
+    def corrected(self, probed: Probed) -> Blueprint:
+        """The same with what forwards of the loaded model showed."""
+        pipeline = replace(
+            self.pipeline,
+            spec=replace(self.spec, top_k=probed.top_k),
+            cache=probed.cache,
+            activation=replace(self.pipeline.activation, top_k=probed.top_k),
+            may_move_cache=_may_move_cache(self.options, probed),
+        )
+        return replace(self, pipeline=pipeline)
+
+
+def draw_up(model: str | Path, options: Options, *, on_made: OnMade | None = None) -> Blueprint:
+    """``model``: a directory, or an id on the Hugging Face hub. ``on_made``: told of each expert put into the 4-bit store.
+
+    Raises UsageError (CheckpointError, MachineError, BudgetError) for what cannot run.
+    """
+    checkpoint = open_checkpoint(find_model(model))
+    config = load_config(checkpoint)
+    table = read_table(options.correlation_table, checkpoint)
+    dtype = _dtype(checkpoint, options.dtype)
+    meta = build_meta_model(config, dtype.dtype)
+    modules = find_experts(meta, config.model_type)
+    layout = find_layout(checkpoint, meta, modules, dtype.dtype)
+    take_out_experts(meta, modules)
+    budget_bytes = automatic_budget_bytes() if options.memory == "auto" else parse_bytes(options.memory)
+    machine = _machine(options, checkpoint, layout, dtype.dtype, budget_bytes)
+    base_bytes = resident_bytes()
+    reset_peak()
+    int4 = None
+    if options.quantize == "int4":
+        layout, int4 = experts_in_4_bits(checkpoint, layout, meta, modules, budget_bytes=budget_bytes, on_made=on_made)
+    elif options.expert_slots is None:
+        layout = unpacked_if_it_fits(layout, budget_bytes - dense_nbytes(meta) - OVERHEAD_BYTES)
+    scratch_bytes = _scratch_bytes(layout)
+    dense = choose_dense(
+        meta,
+        modules,
+        layout,
+        dtype.dtype,
+        dense_layers=options.dense_layers,
+        room_bytes=budget_bytes - scratch_bytes - OVERHEAD_BYTES,
+    )
+    probed = probe_ahead(meta)
+    spec = model_spec(meta, layout, probed.top_k, dtype.dtype)
+    return Blueprint(
+        options=options,
+        checkpoint=checkpoint,
+        model=meta,
+        modules=modules,
+        layout=layout,
+        int4=int4,
+        dtype=dtype,
+        tokenizer=load_tokenizer(checkpoint),
+        end_tokens=end_tokens(checkpoint, config),
+        table=table,
+        budget_bytes=budget_bytes,
+        base_bytes=base_bytes,
+        dense=dense,
+        pipeline=PipelineModel(
+            spec=spec,
+            cache=probed.cache,
+            activation=activation_spec(meta, spec, layout, itemsize=dtype.dtype.itemsize),
+            dense=(dense.plan,),
+            slot_bytes=slot_bytes_for(layout.experts_LE),
+            scratch_bytes=scratch_bytes,
+            whole_prompts=needs_whole_prompts(meta),
+            max_slots=options.expert_slots,
+            may_move_cache=_may_move_cache(options, probed),
+        ),
+        costs=layer_costs(machine, meta, modules, dtype.dtype, spec),
+    )
+
+
+def _dtype(checkpoint: Checkpoint, asked: str) -> DtypeChoice:
+    own = own_dtype(checkpoint) if asked == "auto" else choose_dtype(checkpoint, asked)
+    return choose_for_device(own, is_asked_for=asked != "auto")
+
+
+def _machine(
+    options: Options, checkpoint: Checkpoint, layout: CheckpointLayout, dtype: torch.dtype, budget_bytes: int
+) -> Machine | None:
+    """The one that was given, or this one as it was measured."""
+    if options.machine is None:
+        weights_bytes = sum(source.nbytes for row in layout.experts_LE for source in row)
+        return measured_machine(checkpoint.path, dtype, weights_bytes=weights_bytes, budget_bytes=budget_bytes)
+    return options.machine if isinstance(options.machine, Machine) else Machine.load(Path(options.machine))
+
+
+def _scratch_bytes(layout: CheckpointLayout) -> int:
+    """What the experts take in memory beside their slots."""
+    return (
+        ring_bytes_for(layout.experts_LE)
+        + staging_bytes_for(layout.experts_LE, READER_THREADS + 1)
+        + int4_scratch_bytes_for(layout.experts_LE)
+        + prefetcher_bytes(layout.experts_LE)
+    )
+
+
+def _may_move_cache(options: Options, probed: Probed) -> tuple[bool, ...]:
+    """Where caches may be planned: False in memory, True on disk."""
+    if options.kv_on_disk is not None:
+        return (options.kv_on_disk,)
+    may_move = probed.cache.movable_bytes_per_token > 0 and can_hold_kv(options.scratch_directory)
+    return (False, True) if may_move else (False,)
