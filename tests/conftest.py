@@ -20,8 +20,8 @@ from poise.model.checkpoint import open_checkpoint
 from poise.model.dense import load_dense, take_out_experts
 from poise.model.inspect import DTYPES, build_meta_model, choose_dtype, find_experts, load_config
 from poise.model.layout import CheckpointLayout, find_layout
+from poise.model.weights import converter_for, slot_bytes_for
 from poise.offload.expert_store import ExpertStore
-from poise.offload.weights import converter_for, slot_bytes_for
 
 MakeCheckpoint = Callable[..., Path]
 OpenRunner = Callable[..., Runner]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.model.checkpoint import TensorRef
-from poise.offload.read_plan import ALIGNMENT, MAX_GAP_BYTES, Extent, ReadPlan, plan_reads
+from poise.model.read_plan import ALIGNMENT, MAX_GAP_BYTES, Extent, ReadPlan, plan_reads
 
 FILES = [Path("a.safetensors"), Path("b.safetensors")]
 GAPS = st.one_of(

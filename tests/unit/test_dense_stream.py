@@ -14,7 +14,7 @@ from poise import LLM, SamplingParams
 from poise.errors import BudgetError, ReadError, UsageError
 from poise.model.decoder_layers import find_decoder_layers
 from poise.model.inspect import find_experts
-from poise.offload.reader import Reader
+from poise.model.reader import Reader
 from poise.plan.dense import NUM_SLOTS
 from tests.conftest import DrawPrompts, MakeCheckpoint, open_layout, tiny_config, write_checkpoint
 

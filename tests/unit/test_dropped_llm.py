@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from poise import LLM, SamplingParams
-from poise.offload.arena import Arena
+from poise.model.arena import Arena
 from tests.conftest import MakeCheckpoint
 from tests.quantised_checkpoints import write_mxfp4
 

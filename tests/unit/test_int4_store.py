@@ -26,7 +26,7 @@ from poise.model.inspect import find_experts
 from poise.model.int4_making import OnMade
 from poise.model.int4_store import MANIFEST, Int4Store, fingerprint, store_directory
 from poise.model.layout import CheckpointLayout
-from poise.offload.read_plan import ALIGNMENT, plan_reads
+from poise.model.read_plan import ALIGNMENT, plan_reads
 from tests.conftest import MakeCheckpoint, open_layout
 from tests.quantised_checkpoints import change_tensors
 

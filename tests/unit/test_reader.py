@@ -16,8 +16,8 @@ import pytest
 
 from poise.engine.footprint import resident_bytes
 from poise.errors import ReadError
-from poise.offload.arena import Arena
-from poise.offload.reader import Reader
+from poise.model.arena import Arena
+from poise.model.reader import Reader
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

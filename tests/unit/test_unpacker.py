@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from poise.model.weights import Packed, unpack
 from poise.offload import unpacker
 from poise.offload.expert_store import ExpertStore
-from poise.offload.weights import Packed, unpack
 from tests.conftest import MakeCheckpoint, open_layout, open_store
 from tests.quantised_checkpoints import write_mxfp4
 

@@ -28,8 +28,8 @@ from poise.bench.machine import stamp
 from poise.bench.results import document, write_result
 from poise.model.checkpoint import TensorRef
 from poise.model.layout import ExpertSource, ParamRecipe
+from poise.model.weights import slot_bytes_for
 from poise.offload.expert_store import ExpertStore
-from poise.offload.weights import slot_bytes_for
 from poise.units import GIB, KIB, MIB, format_bytes
 
 NAME = "reader"

@@ -34,8 +34,8 @@ from poise.model.inspect import ExpertsModule, build_meta_model, choose_dtype, f
 from poise.model.int4_making import OnMade
 from poise.model.int4_store import Int4Store
 from poise.model.layout import CheckpointLayout, find_layout
+from poise.model.weights import int4_scratch_bytes_for, slot_bytes_for, staging_bytes_for, unpacked_if_it_fits
 from poise.offload.unpacker import ring_bytes_for
-from poise.offload.weights import int4_scratch_bytes_for, slot_bytes_for, staging_bytes_for, unpacked_if_it_fits
 from poise.plan.memory import OVERHEAD_BYTES
 from poise.plan.pipeline import PipelineModel, PipelinePlan, plan_pipeline
 from poise.plan.workload import Workload

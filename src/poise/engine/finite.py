@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from poise.model.arena import Arena
 from poise.model.int4 import Int4Weight
-from poise.offload.arena import Arena
+from poise.model.weights import Packed, converted_nbytes, unpack
 from poise.offload.expert_store import ExpertStore
-from poise.offload.weights import Packed, converted_nbytes, unpack
 
 
 def cause_of_not_finite(model: Any, store: ExpertStore) -> str:

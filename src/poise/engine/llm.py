@@ -29,10 +29,10 @@ from poise.engine.sampling import SamplingParams
 from poise.engine.streaming import load_resident, open_dense, open_kv, refuse_if_disk_is_full
 from poise.errors import CheckpointError, UsageError
 from poise.model.int4_making import OnMade
+from poise.model.weights import converter_for
 from poise.offload.dense_stream import DenseStream
 from poise.offload.expert_store import ExpertStore
 from poise.offload.kv_stream import KvStream
-from poise.offload.weights import converter_for
 from poise.plan.pipeline import PipelinePlan
 from poise.plan.schedule import Policy
 from poise.spec.machine import Machine

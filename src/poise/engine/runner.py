@@ -18,11 +18,11 @@ import torch
 
 from poise.engine.routing import RoutingListener, choices_TK
 from poise.model.inspect import ExpertsModule
+from poise.model.moe_layer import chosen_experts, run_experts
 from poise.model.seam import Forward, Parked, attach
 from poise.offload.dense_stream import DenseStream
 from poise.offload.expert_store import ExpertStore
 from poise.offload.kv_stream import KvStream
-from poise.offload.moe_layer import chosen_experts, run_experts
 from poise.spec.timeline import COMPUTE
 
 

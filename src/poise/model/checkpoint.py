@@ -2,7 +2,7 @@
 
 Reads the JSON headers of safetensors files and nothing else of them. Everything that can be wrong with a directory is
 found here, before memory is spent: each error is one line that names the file and the remedy. It does not know what the
-tensors mean (``model.layout`` does) and reads no weights (``offload.reader`` and ``model.dense`` do).
+tensors mean (``model.layout`` does) and reads no weights (``model.reader`` and ``model.dense`` do).
 """
 
 from __future__ import annotations

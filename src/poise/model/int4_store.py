@@ -3,7 +3,7 @@
 A directory in the user's cache, named by a fingerprint of the checkpoint, holds safetensors files and ``manifest.json``, which
 is written last. Each expert is one aligned stretch: for each matrix its packed weights (U8), scales and zeros (BF16) and bias
 (F32, as it was), then padding. Where everything lies follows from the model's shapes alone, so a file is either the planned
-one or none of ours. ``model.int4_making`` makes the files; their bytes are checked when they are read (``offload.weights``).
+one or none of ours. ``model.int4_making`` makes the files; their bytes are checked when they are read (``model.weights``).
 """
 
 from __future__ import annotations

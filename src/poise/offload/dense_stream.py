@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import nn
 
+from poise.model.arena import Arena
 from poise.model.decoder_layers import DecoderLayer
 from poise.model.dense import as_tensor
+from poise.model.read_plan import ReadPlan, plan_reads
+from poise.model.reader import Reader
 from poise.model.seam import wait_for_the_others
-from poise.offload.arena import Arena
-from poise.offload.read_plan import ReadPlan, plan_reads
-from poise.offload.reader import Reader
 from poise.plan.dense import NUM_SLOTS
 
 READER_THREADS = 1

@@ -17,13 +17,13 @@ from time import perf_counter_ns
 import numpy as np
 import numpy.typing as npt
 
+from poise.model.arena import Arena
 from poise.model.layout import ExpertSource, Weights
-from poise.offload.arena import Arena
-from poise.offload.read_plan import ReadPlan, plan_reads
-from poise.offload.reader import Reader
+from poise.model.read_plan import ReadPlan, plan_reads
+from poise.model.reader import Reader
+from poise.model.weights import Convert, Packed, check_bytes, scratch_bytes_for, stays_as_read, weights_in_slot
 from poise.offload.slots import Key, Slots, State
 from poise.offload.unpacker import Unpacker
-from poise.offload.weights import Convert, Packed, check_bytes, scratch_bytes_for, stays_as_read, weights_in_slot
 from poise.plan.residency import distance_with_foresight_LE, expected_distance_LE, updated_probability_E
 from poise.plan.schedule import Policy
 from poise.spec.timeline import COMPUTE, DISK, Timeline

@@ -21,9 +21,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from poise.model.arena import Arena
 from poise.model.cache import movable_layers
-from poise.offload.arena import Arena
-from poise.offload.read_plan import ALIGNMENT
+from poise.model.read_plan import ALIGNMENT
 from poise.offload.scratch import Job, Scratch, ScratchThread
 
 CACHE_LINE = 64

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from poise.errors import ReadError, UsageError
-from poise.offload.read_plan import ALIGNMENT
+from poise.model.read_plan import ALIGNMENT
 from poise.units import format_bytes
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from poise.model.arena import Arena
 from poise.model.layout import ExpertSource, Weights
-from poise.offload.arena import Arena
+from poise.model.weights import Packed, scratch_bytes_for, unpack
 from poise.offload.slots import Key
-from poise.offload.weights import Packed, scratch_bytes_for, unpack
 
 MAX_THREADS = 4
 Done = Callable[[Key, Exception | None], None]

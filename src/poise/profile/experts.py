@@ -1,4 +1,4 @@
-"""The time of experts as the engine runs them: ``offload.moe_layer`` over weights that lie in an arena of slots.
+"""The time of experts as the engine runs them: ``model.moe_layer`` over weights that lie in an arena of slots.
 
 An expert's weights come from memory at every use in the engine, so the experts take turns here too: as many as the scratch
 memory holds, more bytes than a processor's cache where it allows that.
@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from poise.model.arena import Arena
 from poise.model.layout import ExpertSource, Weights
+from poise.model.moe_layer import run_experts
+from poise.model.read_plan import plan_reads
 from poise.model.seam import Parked
-from poise.offload.arena import Arena
-from poise.offload.moe_layer import run_experts
-from poise.offload.read_plan import plan_reads
-from poise.offload.weights import Packed, stays_as_read, weights_in_slot
+from poise.model.weights import Packed, stays_as_read, weights_in_slot
 from poise.profile.measure import Clock, Run
 from poise.profile.rates import read_into_slots
 from poise.profile.subject import Subject, fill_random

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from poise.errors import ReadError, UsageError
+from poise.model.arena import Arena
 from poise.model.checkpoint import TensorRef
-from poise.offload.arena import Arena
-from poise.offload.read_plan import ReadPlan, plan_reads
-from poise.offload.reader import Reader
+from poise.model.read_plan import ReadPlan, plan_reads
+from poise.model.reader import Reader
 from poise.profile.measure import Clock, Run
 from poise.profile.mounts import in_memory
 from poise.units import MIB

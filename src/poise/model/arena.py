@@ -11,7 +11,7 @@ import mmap
 
 import torch
 
-from poise.offload.read_plan import ALIGNMENT
+from poise.model.read_plan import ALIGNMENT
 
 HUGE_PAGE = 2 << 20
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from poise.errors import ReadError
+from poise.model.arena import Arena
 from poise.model.checkpoint import TensorRef
 from poise.model.dense import as_tensor
 from poise.model.dequantise import dequantise_into, dequantised, rows_shape
 from poise.model.int4 import Int4Weight, padded_shape
 from poise.model.layout import CheckpointLayout, ExpertSource, Weights, convert_expert
+from poise.model.read_plan import ReadPlan, plan_reads
 from poise.model.scaled import Int4Ref, Scaled, Stored
-from poise.offload.arena import Arena
-from poise.offload.read_plan import ReadPlan, plan_reads
 
 TENSOR_ALIGNMENT = 64
 WEIGHTS_FRAC = 0.75
