@@ -1,72 +1,171 @@
-"""The offload benchmarks' arithmetic: what a limit counts, how a stopped baseline is completed, which passes are decode."""
+"""The offload benchmarks' arithmetic: what counts as decode, where limits come from, ratios, parts, what a result holds."""
 
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from poise.bench.offload.ablation import VARIANTS, _row
-from poise.bench.offload.case import READ_BYTES_PER_S, Outcome
-from poise.bench.offload.report import limit_s
+from poise.bench import run_benchmark
+from poise.bench.offload.ablation import VARIANTS
+from poise.bench.offload.case import CONFIG, MEMORY_BYTES, Outcome, ReferenceProducts, cache_bytes_per_token
+from poise.bench.offload.contenders import add_limits, decode_passes
+from poise.bench.offload.paper import best_of, ratios
+from poise.bench.offload.parts import Parts
+from poise.bench.offload.report import as_json, bubbles, memory, shares
+from poise.bench.products import Products
+from poise.cost.curves import PointCurve
+from poise.errors import PoiseError, UsageError
+from poise.spec.trace import RoutingTrace
+
+GB = 1_000_000_000
 
 
-def outcome(passes: list[dict[str, Any]], *, slots: int = 10, sequences: int = 4) -> Outcome:
+def one_pass(*, tokens: int, seconds: float = 3.0, finished: int = 0) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
+        "bytes": 5,
+        "tokens": tokens,
+        "finished": finished,
+        "computing_s": 0.5,
+        "disk_busy_s": 1.0,
+        "bubbles_s": {"compute wait": seconds / 2, "disk idle": seconds / 1000},
+    }
+
+
+def outcome(passes: list[dict[str, Any]], *, name: str = "Poise") -> Outcome:
     return Outcome(
-        name="Poise",
-        sequences=sequences,
+        name=name,
+        sequences=4,
         prompt_tokens=8,
         new_tokens=3,
         total_s=10.0,
         prefill_s=1.0,
-        measured_tokens=12,
+        step_s=4.5,
+        extrapolated_steps=0,
         read_bytes=0,
-        peak_bytes=None,
-        detail={"plan": {"expert_slots": slots, "expert_bytes": READ_BYTES_PER_S // 10}, "passes": passes},
+        step_bytes=0.0,
+        peak_bytes=2 * GB,
+        detail={
+            "plan": {"base_bytes": GB // 2, "budget_bytes": 2 * GB},
+            "peak_rss_bytes": 2 * GB,
+            "passes": passes,
+        },
     )
 
 
-def one_pass(*, tokens: int, hits: int, misses: int, seconds: float = 3.0, computing_s: float = 0.5) -> dict[str, Any]:
-    return {
-        "seconds": seconds,
-        "bytes": misses,
-        "tokens": tokens,
-        "hits": hits,
-        "misses": misses,
-        "computing_s": computing_s,
-        "disk_busy_s": 1.0,
-        "bubbles_s": {},
-    }
-
-
-def test_a_limit_takes_all_memory_for_experts_and_the_larger_of_disk_and_compute() -> None:
-    reading = one_pass(tokens=4, hits=0, misses=30)
-    computing = one_pass(tokens=4, hits=2, misses=9, computing_s=7.0)
-    assert limit_s(outcome([reading])) == pytest.approx(2.0), "ten of thirty experts could have stayed: 20 x 0.1 s"
-    assert limit_s(outcome([reading, computing])) == pytest.approx(2.0 + 7.0)
+def flat_products() -> ReferenceProducts:
+    """Every product takes a millisecond, whatever its tokens."""
+    hidden, inner = CONFIG["hidden_size"], CONFIG["moe_intermediate_size"]
+    shapes = [(2 * inner, hidden), (hidden, inner), (3072, hidden), (hidden, 2048), (CONFIG["vocab_size"], hidden)]
+    curve = PointCurve([1, 1_000_000], [1e-3, 1.0000001e-3])
+    return ReferenceProducts(products=Products(curves=dict.fromkeys(shapes, curve), threads=1))
 
 
 def test_tokens_per_second_count_every_sequence_s_new_tokens_over_the_whole_run() -> None:
     assert outcome([]).tokens_per_s == pytest.approx(4 * 3 / 10.0)
 
 
-def test_the_ablation_counts_full_decode_passes_but_the_first() -> None:
-    passes = [
-        one_pass(tokens=2, hits=0, misses=5, seconds=50.0),
-        one_pass(tokens=4, hits=0, misses=5, seconds=40.0),
-        one_pass(tokens=4, hits=0, misses=5, seconds=2.0),
-        one_pass(tokens=4, hits=0, misses=5, seconds=4.0),
-    ]
-    row = _row("variant", outcome(passes))
-    assert row["tokens_per_s"] == pytest.approx(4 / 3.0)
-    assert row["pass_s"] == [2.0, 4.0]
+def test_decode_is_every_full_pass_but_the_first() -> None:
+    passes = [one_pass(tokens=2), one_pass(tokens=4), one_pass(tokens=4, seconds=2.0), one_pass(tokens=3)]
+    assert decode_passes(passes, 4) == [passes[2]]
+
+
+def test_limits_come_from_the_recorded_passes_and_shrink_with_the_caches() -> None:
+    layers, experts = 16, 64
+    counts = np.zeros((3, layers, experts), dtype=np.int32)
+    counts[:, :, :8] = 4
+    trace = RoutingTrace(
+        counts_NLE=counts, model="m", top_k=8, layers=tuple(range(layers)), tokens_per_step=(30_000, 4, 4)
+    )
+    passes = [one_pass(tokens=4), one_pass(tokens=4), one_pass(tokens=4)]
+    plan = {"base_bytes": 300_000_000, "expert_bytes": 9_437_184, "dense_bytes": 373_436_928}
+    add_limits(passes, trace, plan, flat_products(), 40)
+    first, second, third = (each["limit"] for each in passes)
+    assert first["fewest_bytes"] == 128 * 9_437_184, "all are read into empty memory"
+    left = MEMORY_BYTES - 300_000_000 - 373_436_928 - 30_000 * cache_bytes_per_token() - 4 * 8192
+    assert second["resident"] == left // 9_437_184 < 128
+    assert second["fewest_bytes"] == pytest.approx((128 - second["resident"]) * 9_437_184)
+    assert second["compute_s"] == pytest.approx(128 * 2e-3 + 16 * 2e-3 + 1e-3, rel=1e-3)
+    assert third["seconds"] == max(third["disk_s"], third["compute_s"])
+
+
+def test_a_finished_row_s_cache_is_gone() -> None:
+    counts = np.ones((2, 16, 64), dtype=np.int32)
+    trace = RoutingTrace(counts_NLE=counts, model="m", top_k=8, layers=tuple(range(16)), tokens_per_step=(64, 8))
+    plan = {"base_bytes": 0, "expert_bytes": 9_437_184, "dense_bytes": 0}
+    kept, freed = [one_pass(tokens=1), one_pass(tokens=1)], [one_pass(tokens=1, finished=1), one_pass(tokens=1)]
+    for passes in (kept, freed):
+        add_limits(passes, trace, plan, flat_products(), 64_000)
+    assert freed[1]["limit"]["resident"] > kept[1]["limit"]["resident"]
+
+
+def test_a_result_has_its_share_of_the_limit_its_bubbles_and_its_memory_beside_the_budget() -> None:
+    passes = [one_pass(tokens=4) | {"limit": {"seconds": 1.5, "disk_s": 1.5, "compute_s": 1.0, "fewest_bytes": 9}}] * 2
+    facts = as_json(outcome(passes))
+    assert facts["limit_frac"] == pytest.approx(0.5)
+    assert facts["limit_tokens_per_s"] == pytest.approx(2 * 1.2)
+    assert facts["added_bytes"] == 1.5 * GB
+    assert memory(facts) == "2.00/2.50, 1.50/2.00"
+    assert bubbles(facts) == "1.50 s compute wait", "a bubble of a thousandth is not worth a line"
+    assert shares(passes)["limit_seconds"] == pytest.approx(1.5)
+
+
+def row(name: str, sequences: int, tokens_per_s: float) -> dict[str, Any]:
+    return {"name": name, "sequences": sequences, "tokens_per_s": tokens_per_s, "limit_tokens_per_s": 60.0}
+
+
+def test_the_ratio_is_of_the_best_runs_and_the_ceiling_of_the_limit() -> None:
+    results = {
+        "poise-512": {"rows": [row("Poise", 512, 40.0)]},
+        "poise-1024": {"rows": [row("Poise", 1024, 50.0)]},
+        "accelerate-4": {"rows": [row("Accelerate", 4, 0.4), row("Accelerate", 4, 0.5)]},
+        "long-accelerate-4": {"rows": [row("Accelerate", 4, 0.1)]},
+    }
+    assert ratios(results, is_long=False) == {"4": {"ratio": 100.0, "ceiling": 120.0}}
+    assert ratios(results, is_long=True) == {}, "Poise has not run there"
+    assert best_of([row("Accelerate", 4, 0.4), row("Accelerate", 4, 0.5)])[4]["tokens_per_s"] == 0.5
+
+
+def test_a_part_that_fails_stops_no_other_and_earlier_results_stay(tmp_path: Path) -> None:
+    def fail() -> dict[str, Any]:
+        raise PoiseError("the disk is gone")
+
+    first = Parts(tmp_path, "bench", order=("a", "b", "c"), wanted=())
+    first.run({"a": lambda: {"n": 1}, "b": fail, "c": lambda: {"n": 3}})
+    assert [(part, result["n"]) for part, result in first.results().items()] == [("a", 1), ("c", 3)]
+    with pytest.raises(PoiseError, match="1 of 3 parts failed: b: the disk is gone"):
+        first.raise_if_failed()
+    second = Parts(tmp_path, "bench", order=("a", "b", "c"), wanted=("b",))
+    second.run({"a": fail, "b": lambda: {"n": 2}, "c": fail})
+    second.raise_if_failed()
+    assert [result["n"] for result in second.results().values()] == [1, 2, 3]
+    assert {"date", "commit", "dirty"} <= set(second.results()["a"])
+    assert json.loads((tmp_path / "parts" / "bench" / "b.json").read_text())["results"] == {"n": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "steps", "reason"),
+    [
+        ("offload", ("poise-7",), None, "has no part 'poise-7'; choose from: poise-512"),
+        ("disk", ("x",), None, "has no parts; leave out --part and --steps"),
+        ("offload", (), 0, "--steps is 0"),
+    ],
+)
+def test_a_part_that_is_not_there_is_refused(name: str, parts: tuple[str, ...], steps: int | None, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        run_benchmark(name, output=None, json_output=False, parts=parts, steps=steps)
 
 
 def test_the_ablation_goes_from_the_simple_pipeline_to_ours_one_step_at_a_time() -> None:
-    assert VARIANTS[0][1] == 1
-    assert VARIANTS[0][2]["read_ahead"] == "layer"
-    for (_, n, before), (_, m, after) in itertools.pairwise(VARIANTS[1:]):
+    variants = list(VARIANTS.values())
+    assert variants[0][1] == 1
+    assert variants[0][2]["read_ahead"] == "layer"
+    for (_, n, before), (_, m, after) in itertools.pairwise(variants[1:]):
         assert n == m
         changed = {key for key in {*before, *after} if before.get(key) != after.get(key)}
         assert len(changed - {"ahead"}) == 1

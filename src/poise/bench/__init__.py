@@ -2,12 +2,14 @@
 
 ``run_benchmark`` finds a benchmark by name and imports it then, so that importing this package loads no torch. A
 benchmark is a module with ``run(output: Path | None, json_output: bool) -> None``: it prints a table, or one JSON
-document, and writes a dated result file below ``output`` if that is given.
+document, and writes a dated result file below ``output`` if that is given. A long one has ``PARTS``, and takes ``parts`` to
+run and how many decode ``steps`` to measure besides (``offload.parts``).
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,6 +23,7 @@ BENCHMARKS = MappingProxyType(
         "offload": "poise.bench.offload.paper",
         "offload-ablation": "poise.bench.offload.ablation",
         "offload-alike": "poise.bench.offload.like_for_like",
+        "offload-llama": "poise.bench.offload.llama",
         "prefetch": "poise.bench.prefetch",
         "prefetch-engine": "poise.bench.prefetch_engine",
         "reader": "poise.bench.reader",
@@ -29,8 +32,22 @@ BENCHMARKS = MappingProxyType(
 """Name on the command line to module."""
 
 
-def run_benchmark(name: str, *, output: Path | None, json_output: bool) -> None:
-    """Run the benchmark called ``name``. Raises UsageError, listing the names, if there is none."""
+def run_benchmark(
+    name: str, *, output: Path | None, json_output: bool, parts: Sequence[str] = (), steps: int | None = None
+) -> None:
+    """Run the benchmark called ``name``. Raises UsageError, listing the names, if there is none, or no such part of it."""
     if name not in BENCHMARKS:
         raise UsageError(f"there is no benchmark {name!r}; choose from: {', '.join(sorted(BENCHMARKS))}")
-    importlib.import_module(BENCHMARKS[name]).run(output, json_output)
+    if steps is not None and steps < 1:
+        raise UsageError(f"--steps is {steps}; at least one decode step must be measured")
+    module = importlib.import_module(BENCHMARKS[name])
+    known: Sequence[str] = getattr(module, "PARTS", ())
+    if not known:
+        if parts or steps is not None:
+            raise UsageError(f"benchmark {name!r} has no parts; leave out --part and --steps")
+        module.run(output, json_output)
+        return
+    for part in parts:
+        if part not in known:
+            raise UsageError(f"benchmark {name!r} has no part {part!r}; choose from: {', '.join(known)}")
+    module.run(output, json_output, parts=parts, steps=steps)

@@ -5,7 +5,8 @@
 
 Runs as a process of its own and prints one JSON line: ``load_s``, ``prefill_s``, ``decode_s``, ``generated_tokens``,
 ``results`` (text and token ids per prompt, up to and with the end-of-sequence token), ``peak_bytes`` (largest resident
-set), ``read_bytes`` (what the kernel fetched from storage for it while generating; None where it is not counted).
+set), ``read_bytes`` (what the kernel fetched from storage for it while generating; None where it is not counted),
+``decode_read_bytes`` of them after the prompts.
 ``--memory`` bounds the weights that stay in memory. Accelerate first rewrites the others into the offload folder,
 experts as fused tensors: give it room for them. A batch ends with the step that passes ``--max-time`` seconds; the
 report then has fewer tokens. Uses nothing of Poise but the units.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Batch:
 
     prefill_s: float
     decode_s: float
+    decode_read_bytes: int | None
     results: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -70,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "generated_tokens": sum(len(result["token_ids"]) for result in results),
         "results": results,
         "peak_bytes": _peak_bytes(),
-        "read_bytes": None if read_before is None or read_after is None else read_after - read_before,
+        "read_bytes": _difference(read_before, read_after),
+        "decode_read_bytes": _sum(batch.decode_read_bytes for batch in batches),
         "modules_in_memory": sum(place == "cpu" for place in model.hf_device_map.values()),
         "modules_on_disk": sum(place == "disk" for place in model.hf_device_map.values()),
     }
@@ -111,6 +114,7 @@ def generate(
     return Batch(
         prefill_s=clock.times_s[1] - clock.times_s[0],
         decode_s=clock.times_s[-1] - clock.times_s[1],
+        decode_read_bytes=_difference(clock.read_bytes[1], clock.read_bytes[-1]),
         results=[{"text": tokenizer.decode(row, skip_special_tokens=True), "token_ids": row} for row in rows],
     )
 
@@ -120,9 +124,11 @@ class _StepClock(BaseStreamer):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
+        self.read_bytes: list[int | None] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.times_s.append(time.perf_counter())
+        self.read_bytes.append(_storage_bytes_read())
 
     def end(self) -> None:
         """The last step has been noted."""
@@ -150,6 +156,15 @@ def _storage_bytes_read() -> int | None:
     except OSError:
         return None
     return int(dict(line.split(": ", 1) for line in lines)["read_bytes"])
+
+
+def _difference(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else after - before
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
 
 
 def _parser() -> argparse.ArgumentParser:

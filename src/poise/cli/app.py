@@ -232,9 +232,21 @@ def record(
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Which benchmark.")],
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the result file to this directory.")] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART", help="Of a long benchmark, run this part only (may be repeated); keep the others."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Of a long benchmark, measure so many decode steps and count the rest as their mean."
+        ),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Runs a benchmark beside its peers, and prints how close each comes to the physical limit."""
     from poise.bench import run_benchmark
 
-    run_benchmark(name, output=output, json_output=json_output)
+    run_benchmark(name, output=output, json_output=json_output, parts=part or (), steps=steps)

@@ -1,21 +1,21 @@
-"""The reference case: a model of 10 GB, 2.5 GB of memory with the page cache, a disk of 1 GB/s; and the contenders' runs.
+"""The reference case: a model of 10 GB, 2.5 GB of memory with the page cache, a disk of 1 GB/s; and what a contender did.
 
-The model has random weights and routing as initialised, in the shape of Qwen3-MoE; tokens are sampled, so that steps do not
-repeat themselves. It is made once, below ``$POISE_BENCH_DIR`` or the directory for large temporary files, and kept there.
+The model has random weights in the shape of Qwen3-MoE, its embeddings scaled so that steps repeat each other as little as a
+trained model's do; tokens are sampled. It is made once, below ``$POISE_BENCH_DIR`` or the directory for large temporary files,
+and kept there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.bench.limits import ChildResult, Limits, forget_cached
-from poise.errors import PoiseError, UsageError
+from poise.bench.products import Products, Shape, measure_products
+from poise.errors import UsageError
 from poise.spec.whole_file import write_whole
 from poise.units import GIB
 
@@ -40,12 +40,19 @@ CONFIG: Mapping[str, Any] = {
     "eos_token_id": 0,
     "bos_token_id": 0,
 }
-TIMEOUT_S = 3600.0
+ITEM_BYTES = 2
+EMBEDDING_SCALE = 48.0
+"""Of embeddings as initialised, in which the context, alike from step to step, would drown the token: 79 % of a step's experts
+would be those of the step before, which flatters caches (decision 019). The bundled trained model repeats 40 to 43 %."""
+_MARK = "complete-2"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a contender did. ``prefill_s`` and ``steps_s`` (one per further token) are what it spent; None: it was stopped."""
+    """What a contender did. ``total_s``: prefill and decode of ``new_tokens`` each; ``extrapolated_steps`` of the decode
+    steps in it were not run but counted as the mean of those that were. ``step_s``: that mean, None where none was measured.
+    ``step_bytes``: what the kernel (Poise: its reader) read in a step. ``peak_bytes``: of the memory group, page cache too.
+    """
 
     name: str
     sequences: int
@@ -53,8 +60,10 @@ class Outcome:
     new_tokens: int
     total_s: float
     prefill_s: float | None
-    measured_tokens: int
+    step_s: float | None
+    extrapolated_steps: int
     read_bytes: int | None
+    step_bytes: float | None
     peak_bytes: int | None
     detail: Mapping[str, Any]
 
@@ -64,14 +73,58 @@ class Outcome:
         return self.sequences * self.new_tokens / self.total_s
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceProducts:
+    """The reference model's matrix products on this machine: ``bound.ProductTimes``."""
+
+    products: Products
+
+    def expert_s(self, tokens: Any) -> Any:
+        """Gate and up together, then down."""
+        hidden, inner = CONFIG["hidden_size"], CONFIG["moe_intermediate_size"]
+        return self.products.seconds([(2 * inner, hidden), (hidden, inner)], tokens)
+
+    def layer_s(self, tokens: Any) -> Any:
+        """Queries, keys and values together, then the output."""
+        queries, both, hidden = _query_width(), 2 * _key_width(), CONFIG["hidden_size"]
+        return self.products.seconds([(queries + both, hidden), (hidden, queries)], tokens)
+
+    def head_s(self, tokens: Any) -> Any:
+        """The logits."""
+        return self.products.seconds([(CONFIG["vocab_size"], CONFIG["hidden_size"])], tokens)
+
+
+def measure_reference_products() -> ReferenceProducts:
+    """About half a minute."""
+    import torch
+
+    hidden, inner, queries = CONFIG["hidden_size"], CONFIG["moe_intermediate_size"], _query_width()
+    shapes: list[Shape] = [(2 * inner, hidden), (hidden, inner), (queries + 2 * _key_width(), hidden)]
+    shapes += [(hidden, queries), (CONFIG["vocab_size"], hidden)]
+    return ReferenceProducts(products=measure_products(shapes, dtype=torch.bfloat16))
+
+
+def _query_width() -> int:
+    return int(CONFIG["num_attention_heads"] * CONFIG["head_dim"])
+
+
+def _key_width() -> int:
+    return int(CONFIG["num_key_value_heads"] * CONFIG["head_dim"])
+
+
+def cache_bytes_per_token() -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * _key_width() * ITEM_BYTES * int(CONFIG["num_hidden_layers"])
+
+
 def work_directory() -> Path:
-    """Where the model lies: 20 GB are needed, for it and for what Accelerate writes."""
+    """Where the model lies: 30 GB are needed, for it, for its GGUF file and for what Accelerate writes."""
     directory = Path(os.environ.get("POISE_BENCH_DIR", "/var/tmp/poise-bench"))
     directory.mkdir(parents=True, exist_ok=True)
     status = os.statvfs(directory)
-    if status.f_bavail * status.f_frsize < 20 * GIB and not (directory / "model" / "config.json").exists():
+    if status.f_bavail * status.f_frsize < 30 * GIB and not (directory / "model" / _MARK).exists():
         raise UsageError(
-            f"{directory} has too little room; 20 GiB are needed: set POISE_BENCH_DIR to another directory"
+            f"{directory} has too little room; 30 GiB are needed: set POISE_BENCH_DIR to another directory"
         )
     return directory
 
@@ -79,7 +132,7 @@ def work_directory() -> Path:
 def reference_model(directory: Path) -> Path:
     """The checkpoint; made in about two minutes where it is not there yet."""
     target = directory / "model"
-    if (target / "complete").exists():
+    if (target / _MARK).exists():
         return target
     import shutil
 
@@ -92,8 +145,22 @@ def reference_model(directory: Path) -> Path:
     make_checkpoint(AutoConfig.for_model("qwen3_moe", **CONFIG), target)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(poise.__file__).parent / "assets" / "tiny-moe" / name, target / name)
-    write_whole(target / "complete", "")
+    _scale_embeddings(target)
+    write_whole(target / _MARK, "")
     return target
+
+
+def _scale_embeddings(model: Path) -> None:
+    """In place; bf16."""
+    import numpy as np
+
+    from poise.model.checkpoint import open_checkpoint
+
+    tensor = open_checkpoint(model).tensors["model.embed_tokens.weight"]
+    words = np.memmap(tensor.file, dtype=np.uint16, mode="r+", offset=tensor.offset, shape=tensor.shape)
+    values = (words.astype(np.uint32) << 16).view(np.float32) * np.float32(EMBEDDING_SCALE)
+    words[:] = ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
+    words.flush()
 
 
 def write_prompts(file: Path, model: Path, *, count: int, tokens: int) -> None:
@@ -106,112 +173,9 @@ def write_prompts(file: Path, model: Path, *, count: int, tokens: int) -> None:
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     ids: list[int] = []
     for source in sources:
-        ids += tokenizer(source.read_text(errors="ignore"))["input_ids"]
+        ids += tokenizer(source.read_text(errors="ignore"), verbose=False)["input_ids"]
         if len(ids) >= count * tokens:
             break
     pieces = [ids[place * tokens : (place + 1) * tokens] for place in range(count)]
     assert len(pieces[-1]) == tokens, "the standard library has too few tokens"
     write_whole(file, "".join(json.dumps({"prompt_token_ids": piece}) + "\n" for piece in pieces))
-
-
-def run_poise(
-    limits: Limits, directory: Path, *, sequences: int, prompt_tokens: int, new_tokens: int, **options: Any
-) -> Outcome:
-    """``options``: see ``bench.offload.worker``."""
-    model = reference_model(directory)
-    prompts = directory / f"prompts-{sequences}-{prompt_tokens}.jsonl"
-    write_prompts(prompts, model, count=sequences, tokens=prompt_tokens)
-    job = {"model": str(model), "prompts": str(prompts), "new_tokens": new_tokens, "memory": BUDGET_BYTES, **options}
-    forget_cached(model)
-    child = limits.run(
-        [sys.executable, "-m", "poise.bench.offload.worker", json.dumps(job)],
-        env={**_environment(), "XDG_CACHE_HOME": str(directory / "cache")},
-        timeout_s=TIMEOUT_S,
-    )
-    answer = _answer(child, "Poise")
-    return Outcome(
-        name="Poise",
-        sequences=sequences,
-        prompt_tokens=prompt_tokens,
-        new_tokens=answer["new_tokens"],
-        total_s=answer["elapsed_s"],
-        prefill_s=answer["prefill_s"],
-        measured_tokens=answer["generated_tokens"],
-        read_bytes=answer["bytes_read"],
-        peak_bytes=child.peak_bytes,
-        detail=answer,
-    )
-
-
-def run_accelerate(
-    limits: Limits,
-    directory: Path,
-    *,
-    sequences: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    weights_bytes: int,
-    max_s: float,
-) -> Outcome | str:
-    """One batch of ``sequences``. Stopped after ``max_s`` of generating; the rest of its steps are counted as its mean one.
-
-    ``weights_bytes`` may stay in memory. A string says why there is no outcome.
-    """
-    import shutil
-
-    model = reference_model(directory)
-    prompts = directory / f"prompts-{sequences}-{prompt_tokens}.jsonl"
-    write_prompts(prompts, model, count=sequences, tokens=prompt_tokens)
-    offload = directory / "accelerate"
-    forget_cached(model)
-    try:
-        child = limits.run(
-            [
-                *(sys.executable, "-m", "poise.bench.accelerate_baseline", "--model", str(model)),
-                *("--prompts", str(prompts), "--max-tokens", str(new_tokens), "--memory", str(weights_bytes)),
-                *("--batch-size", str(sequences), "--offload-folder", str(offload), "--max-time", str(max_s)),
-                *("--ignore-eos", "--sample-seed", "0"),
-            ],
-            env=_environment(),
-            timeout_s=TIMEOUT_S,
-        )
-    finally:
-        shutil.rmtree(offload, ignore_errors=True)
-    if child.out_of_memory:
-        return "killed by the kernel: it needs more memory than the limit"
-    if child.timed_out:
-        return f"stopped after {TIMEOUT_S:.0f} s"
-    report = _answer(child, "Accelerate")
-    steps = report["generated_tokens"] // sequences - 1
-    step_s = report["decode_s"] / steps if steps else float("nan")
-    return Outcome(
-        name="Accelerate",
-        sequences=sequences,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        total_s=report["prefill_s"] + step_s * (new_tokens - 1),
-        prefill_s=report["prefill_s"],
-        measured_tokens=report["generated_tokens"],
-        read_bytes=report["read_bytes"],
-        peak_bytes=child.peak_bytes,
-        detail={
-            "step_s": step_s,
-            "measured_steps": steps,
-            "load_s": report["load_s"],
-            "weights_bytes": weights_bytes,
-            "modules_on_disk": report["modules_on_disk"],
-        },
-    )
-
-
-def _environment() -> dict[str, str]:
-    """The same for all contenders."""
-    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    return {"GOMP_SPINCOUNT": "10000"} | os.environ | quiet
-
-
-def _answer(child: ChildResult, name: str) -> Any:
-    if child.returncode != 0 or not child.stdout.strip():
-        reason = "killed by the kernel: out of memory" if child.out_of_memory else child.stderr.strip()[-600:]
-        raise PoiseError(f"{name} failed: {reason or f'exit status {child.returncode}'}")
-    return json.loads(child.stdout.strip().splitlines()[-1])

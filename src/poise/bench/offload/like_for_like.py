@@ -1,111 +1,101 @@
 """`poise bench offload-alike`: the same number of sequences for Poise and for Accelerate, 1 to 512: time per decode pass.
 
-Says of every batch what share of its own limit Poise reaches, how much faster than Accelerate it is, and which ratio the
-bytes alone would allow (Accelerate's bytes over the fewest).
+Says of every batch what share of its limit Poise reaches (``bench.offload.bound``), how much faster than Accelerate it is, and
+which ratio the bytes alone would allow: Accelerate's bytes over the fewest, both in a step. Steps are decode passes in which
+every sequence gets a token, the first of them left out.
 """
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from poise.bench.offload.case import (
-    READ_BYTES_PER_S,
-    Outcome,
-    reference_model,
-    run_accelerate,
-    run_poise,
-    work_directory,
-)
-from poise.bench.offload.report import finish, limited, say
+from poise.bench.offload.case import measure_reference_products, reference_model, work_directory
+from poise.bench.offload.contenders import Contenders, decode_passes
+from poise.bench.offload.parts import Parts
+from poise.bench.offload.report import SETTING, as_json, bubbles, finish, limited, line, memory, say, shares
+from poise.bench.read_ahead import KERNEL_DEFAULT_KIB
 
 NAME = "offload-alike"
 SEQUENCES = (1, 4, 16, 64, 256, 512)
 COMPARED = (1, 4, 16, 64)
 """What Accelerate runs too: beyond, it does not fit into the limit, or one step takes minutes."""
-PROMPT_TOKENS = 32
-DECODE_PASSES = 6
+PROMPT_TOKENS, NEW_TOKENS = 32, 32
+STEPS, BASELINE_STEPS = 12, 8
 WEIGHTS_BYTES = 1_300_000_000
-BASELINE_S = 75.0
+BASELINE_S = 240.0
+PARTS = tuple(f"{sequences}" for sequences in SEQUENCES)
 
 
-def run(output: Path | None, json_output: bool) -> None:
-    """About half an hour."""
+def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), steps: int | None = None) -> None:
+    """About half an hour; each part is 2 to 6 minutes."""
     directory = work_directory()
     say("Making the reference model, or finding it")
     reference_model(directory)
-    rows: list[dict[str, Any]] = []
+    done = Parts(directory, NAME, order=PARTS, wanted=parts)
     with limited(directory) as limits:
-        for sequences in SEQUENCES:
-            say(f"{sequences} sequences")
-            ours = run_poise(
-                limits,
-                directory,
-                sequences=sequences,
-                prompt_tokens=PROMPT_TOKENS,
-                new_tokens=DECODE_PASSES + 8,
-                passes=DECODE_PASSES + 2 + -(-sequences // 64),
-            )
-            theirs: Outcome | str | None = None
-            if sequences in COMPARED:
-                theirs = run_accelerate(
-                    limits,
-                    directory,
-                    sequences=sequences,
-                    prompt_tokens=PROMPT_TOKENS,
-                    new_tokens=DECODE_PASSES + 1,
-                    weights_bytes=WEIGHTS_BYTES,
-                    max_s=BASELINE_S,
-                )
-            rows.append(_row(sequences, ours, theirs))
-            say(f"  {rows[-1]}")
-        finish(NAME, limits, {"cases": rows}, [_table(rows)], output=output, json_output=json_output)
+        say("Measuring matrix products")
+        products = measure_reference_products()
+        contenders = Contenders(limits=limits, directory=directory, products=products)
+        done.run({part: partial(_measure, contenders, int(part), steps) for part in PARTS})
+        results = done.results()
+        everything = {"parts": results, "products": products.products.as_json()}
+        finish(NAME, limits, everything, [_table(results)], output=output, json_output=json_output)
+    done.raise_if_failed()
 
 
-def _row(sequences: int, ours: Outcome, theirs: Outcome | str | None) -> dict[str, Any]:
-    plan = ours.detail["plan"]
-    decode = [each for each in ours.detail["passes"] if each["tokens"] == sequences][-DECODE_PASSES:]
-    limits_s = [
-        max(
-            max(0, each["hits"] + each["misses"] - plan["expert_slots"]) * plan["expert_bytes"] / READ_BYTES_PER_S,
-            each["computing_s"],
+def _measure(contenders: Contenders, sequences: int, steps: int | None) -> dict[str, Any]:
+    given = {"sequences": sequences, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
+    ours = contenders.poise(**given, steps=steps or STEPS)
+    say(line(ours))
+    facts = as_json(ours)
+    result: dict[str, Any] = {"sequences": sequences, "poise": facts}
+    decode = shares(decode_passes(ours.detail["passes"], sequences))
+    result["decode"] = decode | {"limit_frac": decode["limit_seconds"] / decode["pass_s"]}
+    if sequences in COMPARED:
+        theirs = contenders.accelerate(
+            **given,
+            steps=steps or BASELINE_STEPS,
+            weights_bytes=WEIGHTS_BYTES,
+            read_ahead_kib=KERNEL_DEFAULT_KIB,
+            max_s=BASELINE_S,
         )
-        for each in decode
-    ]
-    pass_s = statistics.median(each["seconds"] for each in decode)
-    row: dict[str, Any] = {
-        "sequences": sequences,
-        "pass_s": pass_s,
-        "tokens_per_s": sequences / pass_s,
-        "limit_frac": statistics.median(limit / each["seconds"] for limit, each in zip(limits_s, decode, strict=True)),
-        "bytes_per_pass": statistics.median(each["bytes"] for each in decode),
-        "bubbles_s": decode[-1]["bubbles_s"],
-        "peak_bytes": ours.peak_bytes,
-        "predicted_tokens_per_s": plan["predicted_tokens_per_s"],
-    }
-    if isinstance(theirs, Outcome):
-        step_s = theirs.detail["step_s"]
-        row |= {"accelerate_step_s": step_s, "ratio": step_s / pass_s, "accelerate_read_bytes": theirs.read_bytes}
-    elif theirs is not None:
-        row["remark"] = theirs
-    return row
+        say(line(theirs))
+        if isinstance(theirs, str):
+            return result | {"remark": theirs}
+        result["accelerate"] = as_json(theirs)
+        result["ratio"] = (theirs.step_s or 0.0) / decode["pass_s"]
+        if theirs.step_bytes is not None and decode["limit_fewest_bytes"]:
+            result["ceiling"] = theirs.step_bytes / decode["limit_fewest_bytes"]
+    return result
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("sequences", title="Decode, like for like; 2.5 GB of memory, 1 GB/s of disk")
-    for column in ("pass s", "tokens/s", "share of the limit", "read GB", "Accelerate s", "ratio"):
+def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table("sequences", title=f"Decode, like for like; {SETTING}")
+    for column in ("pass s", "limit s", "of the limit", "pass/limit", "disk s", "compute s", "Accelerate s", "ratio"):
         table.add_column(column, justify="right")
-    for row in rows:
+    for column in ("ceiling", "read / fewest GB", "peak/limit, added/budget GB"):
+        table.add_column(column, justify="right")
+    table.add_column("bubbles a pass")
+    for result in results.values():
+        decode, theirs = result["decode"], result.get("accelerate")
         table.add_row(
-            str(row["sequences"]),
-            f"{row['pass_s']:.2f}",
-            f"{row['tokens_per_s']:.2f}",
-            f"{row['limit_frac']:.0%}",
-            f"{row['bytes_per_pass'] / 1e9:.2f}",
-            f"{row['accelerate_step_s']:.1f}" if "accelerate_step_s" in row else row.get("remark", "")[:20],
-            f"{row['ratio']:.2f}x" if "ratio" in row else "",
+            str(result["sequences"]),
+            f"{decode['pass_s']:.2f}",
+            f"{decode['limit_seconds']:.2f}",
+            f"{decode['limit_frac']:.0%}",
+            f"{1 / decode['limit_frac']:.2f}",
+            f"{decode['limit_disk_s']:.2f}",
+            f"{decode['limit_compute_s']:.2f}",
+            f"{theirs['step_s']:.2f}" if theirs else result.get("remark", "")[:20],
+            f"{result['ratio']:.2f}x" if "ratio" in result else "",
+            f"{result['ceiling']:.2f}x" if "ceiling" in result else "",
+            f"{result['poise']['step_bytes'] / 1e9:.2f}/{decode['limit_fewest_bytes'] / 1e9:.2f}",
+            memory(result["poise"]),
+            bubbles(decode),
         )
     return table

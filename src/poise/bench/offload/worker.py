@@ -1,7 +1,9 @@
 """One run of Poise as a process of its own: takes a JSON job as its only argument, prints one JSON line.
 
 Keys: ``model``, ``prompts`` (JSONL of token ids), ``new_tokens``, ``memory``; optional ``groups`` ([[batch size, batches]]),
-``read_ahead``, ``order``, ``ahead``, ``quantize``, ``kv_on_disk``, ``passes`` (stop after so many), ``timeline`` (a file).
+``read_ahead``, ``order``, ``ahead``, ``quantize``, ``kv_on_disk``, ``dense_layers``, ``decode_steps`` (stop after so many
+passes, behind a first, in which every prompt got a token), ``timeline`` and ``routing`` (files: the Chrome trace; the routing
+trace of the passes).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.engine.llm import LLM
+from poise.engine.recorder import Recorder
 from poise.engine.request import Progress
 from poise.engine.sampling import SamplingParams
 from poise.plan.schedule import Policy
@@ -24,16 +27,14 @@ from poise.spec.timeline import Span, Timeline
 
 
 class _Enough(Exception):  # noqa: N818 - it is no error
-    """As many passes as were asked for have run."""
+    """As many decode steps as were asked for have run."""
 
 
 def main() -> None:
     """Runs the job."""
     job: dict[str, Any] = json.loads(sys.argv[1])
     prompts = [json.loads(line) for line in Path(job["prompts"]).read_text().splitlines()]
-    policy = Policy(
-        read_ahead=job.get("read_ahead", "likely"), order=job.get("order", "arrival"), ahead=job.get("ahead")
-    )
+    policy = Policy(**{key: job[key] for key in ("read_ahead", "order", "ahead") if key in job})
     groups = job.get("groups")
     start_s = time.perf_counter()
     with LLM(
@@ -43,15 +44,23 @@ def main() -> None:
         quantize=job.get("quantize", "none"),
         groups=[(size, n) for size, n in groups] if groups else None,
         kv_on_disk=job.get("kv_on_disk"),
+        dense_layers=job.get("dense_layers"),
     ) as llm:
         load_s = time.perf_counter() - start_s
         timeline = Timeline()
         seen: list[tuple[int, Progress]] = []
-        limit = job.get("passes")
+        steps = job.get("decode_steps")
+        full = 0
+        recorder = Recorder(llm.spec)
+        if job.get("routing"):
+            llm.runner.listen(recorder)
 
         def on_progress(progress: Progress) -> None:
+            nonlocal full
+            before = seen[-1][1].generated_tokens if seen else 0
             seen.append((time.perf_counter_ns(), progress))
-            if limit and len(seen) >= limit:
+            full += progress.generated_tokens - before == len(prompts)
+            if steps is not None and full > steps:
                 raise _Enough
 
         # Sampled, each prompt with its own seed: a random model that decodes greedily repeats itself.
@@ -65,6 +74,8 @@ def main() -> None:
         plan = llm.describe()
         peak = llm.peak_bytes
     last = seen[-1][1]
+    if job.get("routing"):
+        recorder.trace(Path(job["model"]).name).save(Path(job["routing"]))
     if job.get("timeline"):
         write_chrome_trace(Path(job["timeline"]), timeline.spans)
     print(
@@ -96,6 +107,7 @@ def _passes(begin_ns: int, seen: list[tuple[int, Progress]], spans: list[Span]) 
                 "seconds": (end_ns - begin_ns) / 1e9,
                 "bytes": progress.bytes_read - (before.bytes_read if before else 0),
                 "tokens": progress.generated_tokens - (before.generated_tokens if before else 0),
+                "finished": progress.finished,
                 "misses": progress.expert_misses - (before.expert_misses if before else 0),
                 "hits": progress.expert_hits - (before.expert_hits if before else 0),
                 "computing_s": shares.computing_s,
