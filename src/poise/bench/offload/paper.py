@@ -53,9 +53,10 @@ def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), st
     reference_model(directory)
     done = Parts(directory, NAME, order=PARTS, wanted=parts)
     with limited(directory) as limits:
-        is_poise = any("poise" in part for part in parts or PARTS)
-        say("Measuring matrix products")
-        products = measure_reference_products() if is_poise else None
+        products = None
+        if any("poise" in part for part in parts or PARTS):
+            say("Measuring matrix products")
+            products = measure_reference_products()
         contenders = Contenders(limits=limits, directory=directory, products=products)
         done.run(_measures(contenders, steps))
         results = done.results()
