@@ -7,6 +7,7 @@ f^-1 that the bounds of placement sum up: the most tokens that end in time, 0 wh
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +36,10 @@ class TokenCurve(Protocol):
 
     def repeated(self, count: float) -> TokenCurve:
         """The curve of ``count`` equal pieces of work one after the other, tokens spread evenly over them."""
+        ...
+
+    def best_rate(self, bonus: ArrayLike) -> Floats:
+        """The most that ``(tokens + bonus) / seconds(tokens)`` is for any number of tokens; of the shape of ``bonus`` >= 0."""
         ...
 
 
@@ -85,6 +90,22 @@ class PointCurve:
         curve._tokens_P, curve._seconds_P = self._tokens_P * count, self._seconds_P * count
         return curve
 
+    @classmethod
+    def below(cls, curves: Sequence[PointCurve]) -> PointCurve:
+        """One that none of ``curves`` goes below, and whose time for each token never rises with the tokens."""
+        knots_P = np.unique(np.concatenate([curve._tokens_P for curve in curves]))
+        lowest_P = np.min([curve.seconds(knots_P) for curve in curves], axis=0)
+        floor = copy.copy(curves[0])
+        # Between knots both the least of lines and the least time for a token bend down: straight lines lie below them.
+        floor._tokens_P, floor._seconds_P = knots_P, knots_P * np.minimum.accumulate(lowest_P / knots_P)
+        return floor
+
+    def best_rate(self, bonus: ArrayLike) -> Floats:
+        # Between two points the ratio of two straight lines is monotone, so that one of the points has the most.
+        bonus = np.asarray(bonus, dtype=float)
+        at_points = (bonus[..., None] + self._tokens_P) / self._seconds_P
+        return np.asarray(np.maximum(bonus / self._seconds_P[0], at_points.max(axis=-1)))
+
 
 class ClosedFormCurve:
     """``T(n) = (a^p + (b n)^p)^(1/p)``: a roofline with a rounded knee. ``a_s`` is the fixed cost, ``b_s`` that of a token."""
@@ -111,6 +132,18 @@ class ClosedFormCurve:
 
     def repeated(self, count: float) -> ClosedFormCurve:
         return ClosedFormCurve(self.a_s * count, self.b_s, self.p)
+
+    def best_rate(self, bonus: ArrayLike) -> Floats:
+        # Hoelder's inequality: b n / b + a bonus / a is at most T(n) times the dual norm of (1 / b, bonus / a).
+        bonus = np.asarray(bonus, dtype=float)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            fixed = np.where(bonus > 0, bonus / self.a_s, 0.0)
+        larger = np.maximum(fixed, 1.0 / self.b_s)
+        if self.p <= 1.0:
+            return larger
+        dual = self.p / (self.p - 1.0)
+        ratio = np.where(np.isinf(larger), 0.0, np.minimum(fixed, 1.0 / self.b_s) / larger)
+        return np.asarray(larger * (1.0 + ratio**dual) ** (1.0 / dual))
 
 
 def non_decreasing(values_P: Floats) -> Floats:

@@ -76,6 +76,15 @@ class ExpertCurve:
         """The most tokens that ``active`` experts compute in ``seconds``."""
         return self.at_active(active).tokens_within(seconds)
 
+    def floor(self) -> TokenCurve:
+        """Of one expert: e of these never take longer than e or more of the real ones do for the same tokens in all."""
+        points = [curve for curve in self._curves_A if isinstance(curve, PointCurve)]
+        return PointCurve.below(points) if points else self._curves_A[0]
+
+    def best_rate(self, bonus: ArrayLike) -> Floats:
+        """The most that ``(tokens + bonus * active) / seconds(tokens, active)`` is, whatever the tokens and active experts."""
+        return np.asarray(np.max([curve.best_rate(bonus) for curve in self._curves_A], axis=0))
+
 
 def _shifted(base: PointCurve, tokens_P: ArrayLike, seconds_P: ArrayLike) -> PointCurve:
     tokens, seconds = np.asarray(tokens_P, dtype=float), np.asarray(seconds_P, dtype=float)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from poise.plan.compiled import compiled
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -61,3 +63,28 @@ def moves_between(before_LS: Ints, after_LS: Ints, *, num_ranks: int, ranks_per_
         local_M=rank_S[source_slot_M] == rank_M,
         expert_bytes=expert_bytes,
     )
+
+
+@compiled
+def keep_slots(before_LS: Ints, after_LS: Ints, num_ranks: int) -> Ints:
+    """``after_LS`` with the slots of each rank in another order: experts that stay on a rank keep their slot."""
+    num_layers, num_slots = after_LS.shape
+    slots_per_rank = num_slots // num_ranks
+    kept_LS = np.full((num_layers, num_slots), -1, dtype=np.int64)
+    for layer in range(num_layers):
+        for first in range(0, num_slots, slots_per_rank):
+            placed = np.zeros(slots_per_rank, dtype=np.bool_)
+            for slot in range(first, first + slots_per_rank):
+                for index in range(slots_per_rank):
+                    if not placed[index] and after_LS[layer, first + index] == before_LS[layer, slot]:
+                        kept_LS[layer, slot] = before_LS[layer, slot]
+                        placed[index] = True
+                        break
+            index = 0
+            for slot in range(first, first + slots_per_rank):
+                if kept_LS[layer, slot] < 0:
+                    while placed[index]:
+                        index += 1
+                    kept_LS[layer, slot] = after_LS[layer, first + index]
+                    placed[index] = True
+    return kept_LS

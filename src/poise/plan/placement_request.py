@@ -76,6 +76,22 @@ class PlacementRequest:
     def num_nodes(self) -> int:
         return self.num_ranks // self.node_ranks
 
+    @property
+    def group_nodes(self) -> int:
+        """Nodes that experts must stay within; 1 where they have no groups."""
+        return 1 if self.expert_groups is None else self.num_nodes
+
+    def current_nodes(self) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """(the node of each expert in the current placement, shape (L, E); the layers that keep groups on nodes)."""
+        current_LS = self.current
+        assert current_LS is not None, "there is a current placement"
+        node_LE = np.zeros(self.load_LE.shape, dtype=np.int64)
+        node_LS = np.broadcast_to(np.arange(self.num_slots) * self.group_nodes // self.num_slots, current_LS.shape)
+        np.put_along_axis(node_LE, current_LS, node_LS, axis=1)
+        together_L = (np.take_along_axis(node_LE, current_LS, axis=1) == node_LS).all(axis=1)
+        by_group_LGE = node_LE.reshape(len(node_LE), self.expert_groups or 1, -1)
+        return node_LE, together_L & (by_group_LGE == by_group_LGE[:, :, :1]).all(axis=(1, 2))
+
     def _check_current(self, current: npt.NDArray[np.generic]) -> None:
         shape = (len(self.load_LE), self.num_slots)
         _require(

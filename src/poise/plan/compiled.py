@@ -1,0 +1,36 @@
+"""Compiles the planners' inner loops with numba, and keeps the machine code for the next process."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar, cast
+
+import numba
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` as machine code, made at its first call. Kept beside the source, or in the user's cache directory.
+
+    Where neither can be written, every process compiles anew.
+    """
+    # Numba's cache sees changes of a function's own file only, and not of what it calls elsewhere: the name tells them apart.
+    function.__qualname__ += f".{_digest_of(Path(inspect.getfile(function)).parent)}"
+    try:
+        return cast(Callable[P, T], numba.njit(cache=True, nogil=True)(function))
+    except RuntimeError:  # numba found no place for its cache
+        return cast(Callable[P, T], numba.njit(nogil=True)(function))
+
+
+@functools.cache
+def _digest_of(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for source in sorted(folder.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]
