@@ -4,7 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all check format bench clean
+ENGINES := .venv-engines
+ENGINES_STAMP := $(ENGINES)/.installed
+ENGINE_TESTS := tests/integration/engines
+
+.PHONY: demo test test-all test-engines check format bench clean
 
 demo: $(STAMP)
 	$(BIN)/poise demo
@@ -15,6 +19,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not gpu"
+
+# The plug-in and the formats against the real vLLM and SGLang, without a GPU, in an environment of their own.
+test-engines: $(ENGINES_STAMP)
+	$(ENGINES)/bin/python -m pytest -q -rs -W default -p no:cacheprovider $(ENGINE_TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check src tests tools benchmarks
@@ -36,5 +44,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dev]'
 	touch $(STAMP)
 
+$(ENGINES_STAMP): pyproject.toml constraints.txt $(ENGINE_TESTS)/requirements.txt
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps --requirement $(ENGINE_TESTS)/requirements.txt && \
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps --upgrade --target $(ENGINES)/torchvision torchvision==0.28.0 && \
+	for engine in vllm==0.33.0 sglang==0.5.23; do \
+		$(ENGINES)/bin/python -m pip install --quiet --no-deps $$engine || echo "$$engine cannot be installed: its tests are skipped"; \
+	done
+	touch $(ENGINES_STAMP)
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ENGINES)
