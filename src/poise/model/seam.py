@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from poise.model.wide import widen_linears
+
 EXPERTS_IMPLEMENTATION = "poise"
 
 
@@ -116,6 +118,7 @@ def wait_for_the_others() -> None:
 
 
 def attach(model: nn.Module) -> None:
-    """Registers the seam with transformers and turns the model's experts over to it."""
+    """Registers the seam with transformers, turns the model's experts over to it, and its products into faster ones."""
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, park)
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)  # type: ignore[operator]
+    widen_linears(model)

@@ -10,6 +10,8 @@ from poise.units import MIB
 
 OVERHEAD_BYTES = 80 * MIB
 """Threads, compiled kernels, allocator slack, Python objects: what grows with nothing a plan decides."""
+WIDE_BYTES = 4
+"""Of an element that goes in and out of a product: those with bf16 matrices may be computed in fp32."""
 MAX_EXPERT_ROWS = 512
 """Rows that go through an expert at once: enough for the processor's full rate, few enough to bound what they take."""
 
@@ -43,16 +45,17 @@ class ActivationSpec:
 
         ``pass_tokens`` bounds the prompt tokens of a pass, but for one batch's chunk, which always goes.
         """
+        wide = max(self.itemsize, WIDE_BYTES)
         batch_tokens = batch_size * chunk_tokens
         all_tokens = num_batches * batch_tokens
         if pass_tokens is not None:
             all_tokens = min(all_tokens, max(batch_tokens, pass_tokens) + num_batches * batch_size)
         parked = all_tokens * ((self.top_k + 4) * self.hidden * self.itemsize + self.top_k * 40)
-        inside = batch_tokens * (8 * self.hidden + 4 * self.width) * self.itemsize
+        inside = batch_tokens * ((8 * self.hidden + 4 * self.width) * self.itemsize + (self.hidden + self.width) * wide)
         scores = batch_tokens * context_tokens * (8 + 12 * self.materialised_heads)
         logits = num_batches * batch_size * self.vocabulary * (self.itemsize + 4)
         expert_rows = min(MAX_EXPERT_ROWS, all_tokens)
-        expert = expert_rows * (2 * self.expert_width * self.itemsize + self.hidden * (3 * self.itemsize + 8))
+        expert = expert_rows * (2 * self.expert_width * wide + self.hidden * (self.itemsize + 2 * wide + 8))
         return parked + inside + expert + scores + logits
 
 

@@ -1,0 +1,83 @@
+"""bf16 matrices multiplied in fp32 where this processor is faster at that, block by block, so that little memory is needed.
+
+Without tile instructions (AMX) some processors compute bf16 products slower than fp32 ones: AVX-512's bf16 has no more
+multiply-adds in a cycle, and oneDNN rearranges the weights besides. With many rows a product in fp32, the weights made fp32 a
+block at a time, takes two thirds of the time (decision 027), and sums are rounded once less. Whether it pays is measured, once
+in a process; the margin is so wide that a machine always decides alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+WIDE_ROWS = 48
+"""Rows from which making the matrix fp32 costs less than it saves."""
+BLOCK_BYTES = 6 << 20
+"""Of the fp32 block: little enough for the processor's cache, and for the heap to keep."""
+FASTER = 1.15
+TIMED_ROWS, TIMED_SIDE, ROUNDS = 256, 1024, 3
+
+
+@functools.cache
+def widening_pays() -> bool:
+    """Whether bf16 products of many rows are faster in fp32 on this processor, with the threads that torch has now."""
+    rows = torch.zeros(TIMED_ROWS, TIMED_SIDE, dtype=torch.bfloat16)
+    weight = torch.zeros(TIMED_SIDE, TIMED_SIDE, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        plain_s = _best_s(lambda: nn.functional.linear(rows, weight))
+        wide_s = _best_s(lambda: wide_linear(rows.float(), weight).to(torch.bfloat16))
+    return plain_s > FASTER * wide_s
+
+
+def is_wide(rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product of so many rows is computed in fp32."""
+    return rows >= WIDE_ROWS and dtype == torch.bfloat16 and device.type == "cpu" and widening_pays()
+
+
+def wide_linear(rows_TK: torch.Tensor, weight_NK: torch.Tensor, out_TN: torch.Tensor | None = None) -> torch.Tensor:
+    """fp32 rows times a bf16 matrix (any strides), as fp32, into ``out_TN`` where that is given."""
+    outputs, inputs = weight_NK.shape
+    result_TN = rows_TK.new_empty(len(rows_TK), outputs) if out_TN is None else out_TN
+    step = min(outputs, max(1, BLOCK_BYTES // (4 * inputs)))
+    block = rows_TK.new_empty(step, inputs)
+    for begin in range(0, outputs, step):
+        end = min(begin + step, outputs)
+        wide = block[: end - begin].copy_(weight_NK[begin:end])
+        torch.mm(rows_TK, wide.t(), out=result_TN[:, begin:end])
+    return result_TN
+
+
+def widen_linears(model: nn.Module) -> None:
+    """Has the model's own linear layers computed so where it pays; their weights and results stay bf16.
+
+    Weights are looked up at each call, so that they may change hands in between.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+
+
+def _forward(module: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+    count = rows.numel() // rows.shape[-1] if rows.shape[-1] else 0
+    if not is_wide(count, rows.dtype, rows.device) or module.weight.dtype != torch.bfloat16:
+        return nn.functional.linear(rows, module.weight, module.bias)
+    flat_TK = rows.reshape(count, rows.shape[-1]).float()
+    result_TN = wide_linear(flat_TK, module.weight)
+    if module.bias is not None:
+        result_TN += module.bias
+    return result_TN.to(rows.dtype).view(*rows.shape[:-1], -1)
+
+
+def _best_s(run: Callable[[], Any]) -> float:
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        begin_s = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin_s)
+    return min(seconds[1:])
