@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from poise.bench.offload.case import CONFIG, MEMORY_BYTES, Outcome, ReferencePro
 from poise.bench.offload.contenders import add_limits, decode_passes
 from poise.bench.offload.paper import best_of, ratios
 from poise.bench.offload.parts import Parts
+from poise.bench.offload.planner import VARIANTS as VARIANTS_OF_PLANS
+from poise.bench.offload.planner import Planned, planned_of
+from poise.bench.offload.planner import ratios as planner_ratios
 from poise.bench.offload.report import as_json, bubbles, memory, shares
 from poise.bench.products import Products
 from poise.cost.curves import PointCurve
@@ -169,3 +173,35 @@ def test_the_ablation_goes_from_the_simple_pipeline_to_ours_one_step_at_a_time()
         assert n == m
         changed = {key for key in {*before, *after} if before.get(key) != after.get(key)}
         assert len(changed - {"ahead"}) == 1
+
+
+PLAN = Planned(batch_size=16, num_batches=8, ahead=4, slots=40, kv_on_disk=False, streamed=0)
+
+
+def test_forced_plans_lie_around_the_planned_one() -> None:
+    groups = {name: variant(PLAN).group for name, variant in VARIANTS_OF_PLANS.items()}
+    assert groups["bs-half"] == (8, 16)
+    assert groups["rows-quarter"] == (16, 2)
+    assert VARIANTS_OF_PLANS["kv-other"](PLAN).options == {"kv_on_disk": True}
+    assert VARIANTS_OF_PLANS["ahead-quarter-of-slots"](PLAN).options == {"ahead": 10}
+    alone = replace(PLAN, num_batches=1)
+    assert VARIANTS_OF_PLANS["rows-half"](alone).group == (8, 1), "one batch can only shrink"
+
+
+def test_the_planner_is_held_against_the_best_of_the_sweep() -> None:
+    def ran(rate: float) -> dict[str, Any]:
+        return {"plan": {}, "decode_tokens_per_s": rate, "tokens_per_s": rate / 2}
+
+    results = {
+        "few-planned": ran(9.0),
+        "few-planned-again": ran(11.0),
+        "few-bs-half": ran(12.5),
+        "few-kv-other": {"remark": "does not fit"},
+        "many-planned": ran(100.0),
+    }
+    assert planner_ratios(results, "few") == pytest.approx(
+        {"decode_tokens_per_s": 0.8, "tokens_per_s": 0.8, "spread_of_planned_runs": 11 / 9 - 1}
+    )
+    assert planner_ratios(results, "many")["tokens_per_s"] == 1.0
+    with pytest.raises(PoiseError, match="run --part few-planned first"):
+        planned_of({}, "few")

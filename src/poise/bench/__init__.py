@@ -24,6 +24,7 @@ BENCHMARKS = MappingProxyType(
         "offload-ablation": "poise.bench.offload.ablation",
         "offload-alike": "poise.bench.offload.like_for_like",
         "offload-llama": "poise.bench.offload.llama",
+        "offload-planner": "poise.bench.offload.planner",
         "prefetch": "poise.bench.prefetch",
         "prefetch-engine": "poise.bench.prefetch_engine",
         "reader": "poise.bench.reader",

@@ -77,9 +77,9 @@ def _measure(contenders: Contenders, sequences: int, steps: int | None) -> dict[
 
 def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table("sequences", title=f"Decode, like for like; {SETTING}")
-    for column in ("pass s", "limit s", "of the limit", "pass/limit", "disk s", "compute s", "Accelerate s", "ratio"):
+    for column in ("pass s", "limit s", "of the limit", "pass/limit", "limit: disk s", "compute s", "disk busy s"):
         table.add_column(column, justify="right")
-    for column in ("ceiling", "read / fewest GB", "peak/limit, added/budget GB"):
+    for column in ("Accelerate s", "ratio", "ceiling", "read / fewest GB", "peak/limit, added/budget GB"):
         table.add_column(column, justify="right")
     table.add_column("bubbles a pass")
     for result in results.values():
@@ -92,6 +92,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{1 / decode['limit_frac']:.2f}",
             f"{decode['limit_disk_s']:.2f}",
             f"{decode['limit_compute_s']:.2f}",
+            f"{decode['disk_busy_s']:.2f}",
             f"{theirs['step_s']:.2f}" if theirs else result.get("remark", "")[:20],
             f"{result['ratio']:.2f}x" if "ratio" in result else "",
             f"{result['ceiling']:.2f}x" if "ceiling" in result else "",
