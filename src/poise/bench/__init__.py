@@ -18,6 +18,7 @@ from poise.errors import UsageError
 BENCHMARKS = MappingProxyType(
     {
         "disk": "poise.bench.disk",
+        "exchange": "poise.bench.cluster.exchange",
         "int4": "poise.bench.int4",
         "kv": "poise.bench.kv_stream",
         "offload": "poise.bench.offload.paper",

@@ -19,11 +19,14 @@ from typing import Literal
 
 from poise.profile.mounts import Mount, mounts
 
-Controller = Literal["memory", "io"]
+Controller = Literal["memory", "io", "cpu"]
 
 _PREFIX = "poise"
-_V1_NAMES = {"memory": "memory", "io": "blkio"}
+_V1_NAMES = {"memory": "memory", "io": "blkio", "cpu": "cpu"}
 _V1_UNLIMITED_BYTES = 1 << 62
+_PERIOD_US = 5_000
+_MIN_QUOTA_US = 1_000
+"""The kernel's own minimum. A short period makes a process slow, a long one makes it stutter."""
 _REMOVE_WITHIN_S = 5.0
 
 
@@ -86,6 +89,24 @@ def limit_reads(hierarchy: Hierarchy, group: Path, device: str, bytes_per_s: int
         (group / "blkio.throttle.read_bps_device").write_text(f"{device} {bytes_per_s}")
     else:
         (group / "io.max").write_text(f"{device} rbps={bytes_per_s}")
+
+
+def limit_cpu(hierarchy: Hierarchy, group: Path, cores: float) -> None:
+    """Give ``group`` the time of so many cores (0.4: two milliseconds of every five), now or while it runs."""
+    assert cores > 0, f"a share of processor time is positive, not {cores}"
+    period_us = max(_PERIOD_US, round(_MIN_QUOTA_US / cores))
+    quota_us = max(_MIN_QUOTA_US, round(cores * period_us))
+    if hierarchy.version == 1:
+        (group / "cpu.cfs_period_us").write_text(str(period_us))
+        (group / "cpu.cfs_quota_us").write_text(str(quota_us))
+    else:
+        (group / "cpu.max").write_text(f"{quota_us} {period_us}")
+
+
+def throttled_s(hierarchy: Hierarchy, group: Path) -> float:
+    """How long processes of ``group`` were ready to run and not allowed to."""
+    counts = dict(line.split(" ", 1) for line in (group / "cpu.stat").read_text().splitlines())
+    return int(counts["throttled_time"]) / 1e9 if hierarchy.version == 1 else int(counts["throttled_usec"]) / 1e6
 
 
 def peak_bytes(hierarchy: Hierarchy, group: Path) -> int | None:
@@ -153,9 +174,12 @@ def _places(hierarchy: Hierarchy) -> tuple[Path, ...]:
 
 
 def _has_limit(group: Path) -> bool:
-    """Whether ``group`` bounds memory, reads or (version 2, where one group has all) processor time."""
+    """Whether ``group`` bounds memory, reads or processor time."""
     v1_memory = group / "memory.limit_in_bytes"
     if v1_memory.exists() and int(v1_memory.read_text()) < _V1_UNLIMITED_BYTES:
+        return True
+    v1_quota = _read_words(group / "cpu.cfs_quota_us")
+    if v1_quota and v1_quota[0] != "-1":
         return True
     settings = [_read_words(group / name) for name in ("memory.max", "memory.high", "cpu.max")]
     throttles = [_read_words(group / name) for name in ("blkio.throttle.read_bps_device", "io.max")]

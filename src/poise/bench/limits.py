@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -23,27 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from poise.bench import cgroup
-from poise.profile.mounts import block_device
+from poise.bench.groups import ControlGroups
+from poise.bench.launch import ended_within, start, text_of
 from poise.units import format_bytes
-
-_POLL_S = 0.02
-
-_LAUNCHER = """
-import ctypes, os, signal, sys
-parent, count = int(sys.argv[1]), int(sys.argv[2])
-groups, argv = sys.argv[3 : 3 + count], sys.argv[3 + count :]
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
-if os.getppid() != parent:
-    sys.exit(1)
-for group in groups:
-    with open(group, "w") as procs:
-        procs.write(str(os.getpid()))
-try:
-    os.execvp(argv[0], argv)
-except OSError as error:
-    sys.exit(f"cannot run {argv[0]}: {error.strerror}")
-"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +57,7 @@ class Limits:
         self._memory_bytes = memory_bytes
         self._read_bytes_per_s = read_bytes_per_s
         self._path = path
-        self._groups: dict[Path, Path] = {}
-        """Mount point of a hierarchy to our group in it; with version 2, memory and reads share one."""
-        self._memory_group: tuple[cgroup.Hierarchy, Path] | None = None
+        self._groups = ControlGroups()
         self._child: subprocess.Popen[bytes] | None = None
         self._used = False
         self.enforced: tuple[str, ...] = ()
@@ -115,27 +94,22 @@ class Limits:
         stdout: IO[bytes],
         stderr: IO[bytes],
     ) -> ChildResult:
-        procs = [str(group / "cgroup.procs") for group in self._groups.values()]
-        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(len(procs)), *procs]
         start_s = time.monotonic()
-        self._child = child = subprocess.Popen(
-            [*launcher, *argv], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=env, start_new_session=True
-        )
-        timed_out = not _ended_within(child.pid, timeout_s)
+        self._child = child = start(argv, procs=self._groups.procs, env=env, stdout=stdout, stderr=stderr)
+        timed_out = not ended_within(child.pid, timeout_s)
         os.killpg(child.pid, signal.SIGKILL)  # on time-out the child; always what it left behind in its session
-        _ended_within(child.pid, None)
+        ended_within(child.pid, None)
         elapsed_s = time.monotonic() - start_s
         read_bytes = _storage_bytes_read(child.pid)
         child.wait()
-        memory = self._memory_group
         return ChildResult(
             returncode=child.returncode,
-            stdout=_text(stdout),
-            stderr=_text(stderr),
+            stdout=text_of(stdout),
+            stderr=text_of(stderr),
             elapsed_s=elapsed_s,
             timed_out=timed_out,
-            out_of_memory=memory is not None and cgroup.oom_kills(*memory) > 0,
-            peak_bytes=cgroup.peak_bytes(*memory) if memory else None,
+            out_of_memory=self._groups.is_out_of_memory,
+            peak_bytes=self._groups.peak_bytes,
             read_bytes=read_bytes,
         )
 
@@ -144,53 +118,17 @@ class Limits:
         try:
             if self._memory_bytes is not None:
                 name = f"memory {format_bytes(self._memory_bytes)}, page cache included"
-                reason = self._limit_memory(self._memory_bytes)
+                reason = self._groups.limit_memory(self._memory_bytes)
                 enforced.append(name) if reason is None else missing.append(f"{name}: {reason}")
             if self._read_bytes_per_s is not None:
                 name = f"disk reads {format_bytes(self._read_bytes_per_s)}/s"
-                reason = self._limit_reads(self._read_bytes_per_s)
+                assert self._path is not None, "checked in the constructor"
+                reason = self._groups.limit_reads(self._read_bytes_per_s, self._path)
                 enforced.append(name) if reason is None else missing.append(f"{name}: {reason}")
         except BaseException:
             self._close()
             raise
         self.enforced, self.missing = tuple(enforced), tuple(missing)
-
-    def _limit_memory(self, size_bytes: int) -> str | None:
-        """Set the limit; returns why it could not be set, or None."""
-        hierarchy = cgroup.find_hierarchy("memory")
-        if hierarchy is None:
-            return "this machine has no memory control group mounted"
-        try:
-            group = self._group_in(hierarchy)
-            cgroup.limit_memory(hierarchy, group, size_bytes)
-        except OSError as error:
-            return _refusal(error)
-        self._memory_group = hierarchy, group
-        return None
-
-    def _limit_reads(self, bytes_per_s: int) -> str | None:
-        """Set the limit; returns why it could not be set, or None."""
-        assert self._path is not None, "checked in the constructor"
-        hierarchy = cgroup.find_hierarchy("io")
-        if hierarchy is None:
-            return "this machine has no block-I/O control group mounted"
-        device, reason = block_device(self._path)
-        if device is None:
-            return reason
-        try:
-            cgroup.limit_reads(hierarchy, self._group_in(hierarchy), device, bytes_per_s)
-        except OSError as error:
-            return _refusal(error)
-        return None
-
-    def _group_in(self, hierarchy: cgroup.Hierarchy) -> Path:
-        group = self._groups.get(hierarchy.mount)
-        if group is None:
-            cgroup.remove_stale_groups(hierarchy)
-            self._groups[hierarchy.mount] = group = cgroup.make_group(hierarchy)
-        else:
-            cgroup.enable(hierarchy, group.parent)
-        return group
 
     def _kill(self) -> None:
         """Kill an unfinished child and what it started in its session; those that left it go with their group."""
@@ -201,10 +139,7 @@ class Limits:
 
     def _close(self) -> None:
         self._kill()
-        while self._groups:
-            _, group = self._groups.popitem()
-            cgroup.remove_group(group)
-        self._memory_group = None
+        self._groups.close()
         self._used = False
 
 
@@ -220,29 +155,9 @@ def forget_cached(*paths: Path) -> None:
                 os.close(descriptor)
 
 
-def _ended_within(pid: int, timeout_s: float | None) -> bool:
-    """Wait for ``pid`` without reaping it: its counters are still to be read."""
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        if deadline is not None and time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL_S)
-    return True
-
-
 def _storage_bytes_read(pid: int) -> int | None:
     try:
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     except OSError:
         return None
     return int(dict(line.split(": ", 1) for line in lines)["read_bytes"])
-
-
-def _text(stream: IO[bytes]) -> str:
-    stream.seek(0)
-    return stream.read().decode(errors="replace")
-
-
-def _refusal(error: OSError) -> str:
-    remedy = "; run as root, or in a group delegated to you" if isinstance(error, PermissionError) else ""
-    return f"{error.filename or 'the control group'} refuses ({error.strerror}){remedy}"

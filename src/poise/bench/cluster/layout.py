@@ -1,0 +1,68 @@
+"""What a cluster in a box looks like: how fast each rank is, how much memory it has, how fast its link is.
+
+Plain numbers; ``cluster.py`` makes them real.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+GBIT_PER_S = 125_000_000
+"""Bytes per second of a link that is sold as one gigabit per second."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankLimits:
+    """One rank. ``cores``: the share of processor time it may use (0.4 of a core); None: no quota.
+
+    ``core``: position among the cores of this process that it is pinned to; None: it may run on any. ``memory_bytes``
+    counts its page cache too; None: no cap. ``threads``: what OpenMP and torch compute with.
+    """
+
+    cores: float | None = None
+    core: int | None = None
+    memory_bytes: int | None = None
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.cores is None or self.cores > 0, f"a share of processor time is positive, not {self.cores}"
+        assert self.memory_bytes is None or self.memory_bytes > 0, f"a cap is positive, not {self.memory_bytes}"
+        assert self.threads > 0, f"a rank computes with at least one thread, not {self.threads}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterLayout:
+    """``link_bytes_per_s``: of every rank's link, each way; None: the ranks talk over loopback, unlimited."""
+
+    name: str
+    ranks: tuple[RankLimits, ...]
+    link_bytes_per_s: int | None = None
+
+    def __post_init__(self) -> None:
+        assert 0 < len(self.ranks) <= 250, f"a cluster in a box has 1 to 250 ranks, not {len(self.ranks)}"
+        assert self.link_bytes_per_s is None or self.link_bytes_per_s > 0, "a link's rate is positive"
+
+    def with_link(self, bytes_per_s: int) -> ClusterLayout:
+        """The same ranks, each behind a link of this rate in a network of their own."""
+        gbit_per_s = bytes_per_s / GBIT_PER_S
+        return replace(self, name=f"{self.name}, {gbit_per_s:g} Gbit/s", link_bytes_per_s=bytes_per_s)
+
+
+def two_ranks() -> ClusterLayout:
+    """Two ranks with a core each."""
+    return ClusterLayout(name="2 ranks, a core each", ranks=(RankLimits(core=0), RankLimits(core=1)))
+
+
+def four_unequal_ranks() -> ClusterLayout:
+    """Four ranks that share 1.38 cores, the fastest 1.75 times as fast as the slowest.
+
+    The sum stays far below two cores, so that ranks wait for their quota and not for each other.
+    """
+    return ClusterLayout(
+        name="4 unequal ranks", ranks=tuple(RankLimits(cores=cores) for cores in (0.42, 0.38, 0.34, 0.24))
+    )
+
+
+def slow_link() -> ClusterLayout:
+    """Two ranks with a core each behind links of 1 Gbit/s."""
+    return two_ranks().with_link(GBIT_PER_S)
