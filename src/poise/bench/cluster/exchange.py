@@ -99,8 +99,8 @@ def _row(
 
 def _print(rows: list[dict[str, object]], missing: list[str]) -> None:
     table = Table(title="all-to-all, each rank, each way")
-    for name in ("ranks", "message", "wire", "median ms", "MB/s", "limit MB/s", "of the limit", "smallest ms"):
-        table.add_column(name, justify="left" if name == "ranks" else "right")
+    for name in ("ranks", "message", "wire", "ms", "MB/s", "limit", "share", "empty ms"):
+        table.add_column(name, justify="left" if name == "ranks" else "right", no_wrap=True)
     for row in rows:
         number = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
         limit = f"{number['limit_bytes_per_s'] / 1e6:.0f}" if "limit_bytes_per_s" in number else "-"

@@ -50,7 +50,7 @@ class ClusterLayout:
 
 def two_ranks() -> ClusterLayout:
     """Two ranks with a core each."""
-    return ClusterLayout(name="2 ranks, a core each", ranks=(RankLimits(core=0), RankLimits(core=1)))
+    return ClusterLayout(name="2 ranks", ranks=(RankLimits(core=0), RankLimits(core=1)))
 
 
 def four_unequal_ranks() -> ClusterLayout:

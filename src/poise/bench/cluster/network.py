@@ -20,9 +20,9 @@ INTERFACE = "link0"
 _NEW_NETWORK = 0x40000000
 _WITHIN_S = 10
 _MAX_QUEUE_S = 0.05
-_MIN_BURST_BYTES = 128 * 1024
-"""A bucket smaller than the largest segment the stack hands down (64 KiB) would make it cut each into packets."""
-_MAX_BURST_S = 0.002
+_MIN_BURST_BYTES = 72 * 1024
+"""What passes at once after a pause. A bucket smaller than a segment of the stack (64 KiB) would cut each into packets."""
+_MAX_BURST_S = 0.0002
 _ENTER = """
 import ctypes, os, sys
 if ctypes.CDLL(None, use_errno=True).setns(int(sys.argv[1]), 0x40000000):
