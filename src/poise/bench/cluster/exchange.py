@@ -98,8 +98,8 @@ def _row(
 
 
 def _print(rows: list[dict[str, object]], missing: list[str]) -> None:
-    table = Table(title="all-to-all, each rank, each way")
-    for name in ("ranks", "message", "wire", "ms", "MB/s", "limit", "share", "empty ms"):
+    table = Table(title="all-to-all, each rank, each way; times in ms")
+    for name in ("ranks", "message", "wire", "ms", "MB/s", "limit", "share", "empty"):
         table.add_column(name, justify="left" if name == "ranks" else "right", no_wrap=True)
     for row in rows:
         number = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
@@ -108,11 +108,11 @@ def _print(rows: list[dict[str, object]], missing: list[str]) -> None:
             str(row["layout"]),
             format_bytes(int(number["message_bytes"])),
             format_bytes(int(number["wire_bytes"])),
-            f"{number['seconds'] * 1e3:.2f}",
+            f"{number['seconds'] * 1e3:.3g}",
             f"{number['bytes_per_s'] / 1e6:.0f}",
             limit,
             f"{number['limit_frac']:.0%}" if "limit_frac" in number else "-",
-            f"{number['smallest_s'] * 1e3:.2f}",
+            f"{number['smallest_s'] * 1e3:.3g}",
         )
     Console().print(table)
     for each in missing:
