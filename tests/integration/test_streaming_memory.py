@@ -38,6 +38,12 @@ CASES = {
     "dense weights do not fit": Case(
         model="dense", budget_bytes=140 * MB, jobs=[(2, 16, 4)], options={"kv_on_disk": False}
     ),
+    "dense weights come and go": Case(
+        model="dense",
+        budget_bytes=300 * MB,
+        jobs=[(2, 16, 40), (4, 300, 4), (2, 16, 40), (4, 300, 4)],
+        options={"groups": [(1, 4)], "kv_on_disk": False},
+    ),
     "caches in memory": Case(
         model="dense", budget_bytes=460 * MB, jobs=[(4, 500, 4)], options={"groups": [(1, 4)], "kv_on_disk": False}
     ),

@@ -145,9 +145,9 @@ def poise_runs(llm: LLM) -> list[Run]:
     params = [SamplingParams(max_tokens=new_tokens, ignore_eos=True) for new_tokens in NEW_TOKENS]
     seen: dict[int, list[torch.Tensor]] = {index: [] for index in range(len(LENGTHS))}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("poise.plan.pipeline.CHUNK_TOKENS", (8,))
-        patch.setattr("poise.plan.pipeline.BATCH_SIZES", (2,))
-        patch.setattr("poise.plan.pipeline.NUM_BATCHES", (2,))
+        patch.setattr("poise.plan.candidates.CHUNK_TOKENS", (8,))
+        patch.setattr("poise.plan.candidates.BATCH_SIZES", (2,))
+        patch.setattr("poise.plan.candidates.NUM_BATCHES", (2,))
         results = llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts()],
             params,

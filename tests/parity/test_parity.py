@@ -59,9 +59,9 @@ Generate = Callable[..., list[Run]]
 @pytest.fixture
 def generate(monkeypatch: pytest.MonkeyPatch) -> Generate:
     """Runs prompts through Poise in small chunks and few rows, so that all that can happen to a prompt happens."""
-    monkeypatch.setattr("poise.plan.pipeline.CHUNK_TOKENS", (8,))
-    monkeypatch.setattr("poise.plan.pipeline.BATCH_SIZES", (2,))
-    monkeypatch.setattr("poise.plan.pipeline.NUM_BATCHES", (2,))
+    monkeypatch.setattr("poise.plan.candidates.CHUNK_TOKENS", (8,))
+    monkeypatch.setattr("poise.plan.candidates.BATCH_SIZES", (2,))
+    monkeypatch.setattr("poise.plan.candidates.NUM_BATCHES", (2,))
 
     def run(
         path: Path, prompts: Sequence[Sequence[int]], *, slots: int | None, ignore_eos: bool, **options: Any

@@ -62,7 +62,7 @@ def test_what_streams_changes_no_logits(
 ) -> None:
     path = checkpoint(architecture, **ARCHITECTURES[architecture])
     model, prompts, options = reference(path), draw_prompts(LENGTHS), WAYS[way]
-    monkeypatch.setattr("poise.plan.pipeline.CHUNK_TOKENS", (8,))
+    monkeypatch.setattr("poise.plan.candidates.CHUNK_TOKENS", (8,))
     seen: dict[int, list[torch.Tensor]] = {index: [] for index in range(len(prompts))}
     passes = 0
 
@@ -96,7 +96,7 @@ def test_what_streams_changes_no_logits(
 
 def counters(llm: LLM) -> tuple[DenseCounters | None, KvCounters | None]:
     """What has been streamed so far."""
-    dense, kv = llm._dense_stream, llm._kv
+    dense, kv = llm._loaded().stream, llm._kv
     return dense.counters if dense is not None else None, kv.counters if kv is not None else None
 
 
@@ -106,7 +106,7 @@ def test_every_class_of_the_registry_streams_both(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against plain transformers, as in test_registry; what a class does not allow to leave memory stays."""
-    monkeypatch.setattr("poise.plan.pipeline.CHUNK_TOKENS", (8,))
+    monkeypatch.setattr("poise.plan.candidates.CHUNK_TOKENS", (8,))
     try:
         write_checkpoint(tmp_path, model_type)
         plain = plain_runs(plain_model(tmp_path))

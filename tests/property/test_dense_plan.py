@@ -1,4 +1,4 @@
-"""Plans for dense weights: they fit, more room never streams more, and the smallest room that is named works."""
+"""Plans for dense weights: they fit, the slots are counted, and the ways go from all in memory to the least."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poise.plan.dense import (
-    DENSE_FRAC,
+    MAX_WAYS,
     NUM_SLOTS,
     DenseSpec,
-    plan_dense,
-    smallest_plan,
-    smallest_room_bytes,
+    dense_ways,
     stream_layers,
 )
 
@@ -41,19 +39,22 @@ def test_what_stays_and_the_slots_make_up_the_memory(spec: DenseSpec, num_reside
         assert len(plan.streamed) > NUM_SLOTS
 
 
-@given(specs(), st.integers(0, 80_000), st.integers(0, 80_000))
-def test_more_room_keeps_more_in_memory(spec: DenseSpec, room: int, more: int) -> None:
-    plan, richer = (plan_dense(spec, room_bytes=each) for each in (room, room + more))
-    assert plan.memory_bytes <= richer.memory_bytes
-    assert plan.memory_bytes <= DENSE_FRAC * room or plan == smallest_plan(spec)
+@given(specs())
+def test_ways_go_from_all_in_memory_to_the_least_that_streaming_reaches(spec: DenseSpec) -> None:
+    ways = dense_ways(spec)
+    assert ways[0].streamed == ()
+    assert ways[0].memory_bytes == spec.total_bytes
+    taken = [way.memory_bytes for way in ways]
+    assert taken == sorted(set(taken), reverse=True)
+    every = [stream_layers(spec, resident).memory_bytes for resident in range(len(spec.bytes_L) + 1)]
+    assert taken[-1] == min(every)
 
 
-@given(specs(), st.integers(0, 30_000))
-def test_the_smallest_room_works_and_no_smaller_does(spec: DenseSpec, working: int) -> None:
-    room = smallest_room_bytes(spec, working)
-    assert plan_dense(spec, room_bytes=room).memory_bytes + working <= room
-    for smaller in range(max(0, room - 400), room):
-        assert plan_dense(spec, room_bytes=smaller).memory_bytes + working > smaller
+def test_of_many_ways_some_are_told_apart_the_ends_included() -> None:
+    spec = DenseSpec(total_bytes=10_000, bytes_L=(100,) * 94, slot_bytes_L=(100,) * 94)
+    ways = dense_ways(spec)
+    assert len(ways) == MAX_WAYS
+    assert (len(ways[0].streamed), len(ways[-1].streamed)) == (0, 94)
 
 
 def test_streamed_layers_are_spread_over_the_model() -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.cost.layer_costs import RooflineCosts
 from poise.errors import BudgetError
-from poise.plan.dense import DensePlan
-from poise.plan.memory import ActivationSpec
-from poise.plan.passes import Held, PassShape, Routing, time_pass
-from poise.plan.pipeline import WORTH_FRAC, PipelineModel, PipelinePlan, plan_pipeline
+from poise.plan.candidates import PipelineModel
+from poise.plan.dense import DensePlan, dense_ways
+from poise.plan.memory import OVERHEAD_BYTES, ActivationSpec, CacheTokens
+from poise.plan.pipeline import WORTH_FRAC, PipelinePlan, plan_pipeline, worth_changing
 from poise.plan.workload import Workload, stages
-from poise.spec.model_spec import CacheSpec, ModelSpec
+from poise.spec.model_spec import CacheSpec
 from poise.units import GIB, KIB, MIB
+from tests.planning_cases import FixedCosts, dense_spec, model_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,24 +36,6 @@ class Job:
         with pytest.raises(BudgetError) as refusal:
             self.plan(1)
         return refusal.value.smallest_bytes
-
-
-def model_spec(*, layers: int, experts: int, top_k: int, expert_bytes: int, dense_bytes: int) -> ModelSpec:
-    return ModelSpec(
-        architecture="Test",
-        model_type="test",
-        num_layers=layers,
-        moe_layers=tuple(range(layers)),
-        experts_L=(experts,) * layers,
-        top_k=top_k,
-        hidden=1024,
-        vocabulary=1000,
-        context_tokens=8192,
-        expert_bytes=expert_bytes,
-        experts_bytes=expert_bytes * experts * layers,
-        dense_bytes=dense_bytes,
-        dtype="bfloat16",
-    )
 
 
 @st.composite
@@ -85,7 +68,7 @@ def jobs(draw: st.DrawFn) -> Job:
             itemsize=draw(st.sampled_from([2, 4])),
             materialised_heads=draw(st.sampled_from([0, 64])),
         ),
-        dense=(DensePlan(streamed=(), slot_bytes=0, memory_bytes=dense_bytes, bytes_per_pass=0),),
+        dense=dense_ways(dense_spec(dense_bytes, layers, draw(st.floats(0.0, 1.0)))),
         slot_bytes=expert_bytes + 4 * KIB,
         scratch_bytes=draw(st.sampled_from([0, MIB])),
         max_slots=draw(st.none() | st.integers(1, 100)),
@@ -102,12 +85,32 @@ def jobs(draw: st.DrawFn) -> Job:
     return Job(model=model, costs=costs, workload=Workload(prompt_tokens=prompts, new_tokens=(new,) * len(prompts)))
 
 
+def needed_bytes(job: Job, plan: PipelinePlan) -> int:
+    """What the plan takes, counted anew from the functions that say what each part takes."""
+    workload, group = job.workload, plan.group
+    cache = job.model.cache.on_disk() if plan.cache_on_disk else job.model.cache
+    tokens = CacheTokens.of(workload.prompt_tokens, workload.total_tokens, group.batch_size)
+    activations = job.model.activation.pass_bytes(
+        batch_size=group.batch_size,
+        num_batches=group.num_batches,
+        chunk_tokens=group.chunk_tokens,
+        context_tokens=max(workload.total_tokens),
+        pass_tokens=group.pass_tokens,
+    )
+    experts = plan.num_slots * job.model.slot_bytes + job.model.scratch_bytes
+    return plan.dense.memory_bytes + tokens.bytes_in(cache, group.max_rows) + activations + experts + OVERHEAD_BYTES
+
+
 @settings(max_examples=60, deadline=None)
 @given(jobs(), st.floats(1.0, 50.0))
 def test_a_plan_never_exceeds_its_budget(job: Job, factor: float) -> None:
     budget = int(job.smallest_budget() * factor)
     plan = job.plan(budget)
     assert plan.memory_bytes <= plan.budget_bytes == budget
+    assert sum(each.nbytes for each in plan.tiers if each.tier == "memory") == budget
+    assert all(each.nbytes > 0 for each in plan.tiers)
+    assert plan.memory_bytes == needed_bytes(job, plan)
+    assert plan.dense in job.model.dense
     experts = sum(job.model.spec.experts_L)
     assert 1 <= plan.num_slots <= min(experts, job.model.max_slots or experts)
     assert 1 <= plan.prefetch_experts <= max(1, plan.num_slots // 2)
@@ -142,6 +145,7 @@ def test_with_plenty_of_memory_every_expert_stays_and_nothing_is_read_twice(job:
     plan = job.plan(10**15)
     assert plan.num_slots == sum(job.model.spec.experts_L)
     assert plan.decode.disk_s == 0.0
+    assert plan.dense.streamed == ()
     assert not plan.cache_on_disk
 
 
@@ -158,27 +162,67 @@ def test_every_prompt_token_and_every_further_token_has_a_pass(job: Job) -> None
     assert decode == pytest.approx(new - job.workload.num_requests)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 512), st.integers(0, 128), st.integers(1, 16))
-def test_a_pass_is_the_larger_of_disk_and_compute_and_the_last_inequality_says_which(
-    rows: int, resident: int, ahead: int
-) -> None:
-    costs = RooflineCosts(expert_bytes=9 * MIB, attention_bytes=20 * MIB, head_bytes=16 * MIB, itemsize=2)
-    shape = PassShape(batch_size=16, decode_rows=rows, prefill_tokens=0, chunk_tokens=16, context_tokens=64)
-    held = Held(resident=resident, ahead=ahead, streamed_bytes=0, cache_bytes_per_token=0)
-    routing = Routing.uniform((64,) * 16, 8)
-    time = time_pass(shape, held, costs=costs, routing=routing, expert_bytes=9 * MIB, num_layers=16)
-    assert time.seconds == time.limit_s + time.exposed_s >= max(time.disk_s, time.compute_s)
-    assume(abs(time.disk_s - time.compute_s) > 0.05 * time.limit_s)
-    assert time.inequalities[-1].holds == (time.compute_s > time.disk_s)
+def test_k_is_planned_where_the_first_batch_takes_long_and_not_where_it_does_not() -> None:
+    spec = model_spec(layers=16, experts=64, top_k=8, expert_bytes=10_000_000, dense_bytes=300 * MIB)
+    model = PipelineModel(
+        spec=spec,
+        cache=CacheSpec(bytes_per_token=32 * KIB, largest_layer_bytes_per_token=2 * KIB, state_bytes=0),
+        activation=ActivationSpec(
+            hidden=1024, width=2048, expert_width=1536, top_k=8, vocabulary=1000, itemsize=2, materialised_heads=0
+        ),
+        dense=dense_ways(dense_spec(300 * MIB, 16, 0.5)),
+        slot_bytes=10_000_000,
+    )
+    workload = Workload(prompt_tokens=(32,) * 64, new_tokens=(64,) * 64)
+    planned = {
+        attention_s: plan_pipeline(
+            model,
+            FixedCosts(attention=attention_s, expert=0.001, disk_bytes_per_s=1e9),
+            workload,
+            memory_bytes=4 * GIB,
+            only=[(64, 1)],
+        ).prefetch_experts
+        for attention_s in (0.001, 0.075)
+    }
+    assert planned[0.001] == 1
+    assert planned[0.075] == 8
 
 
-def test_routing_that_was_recorded_needs_fewer_reads_than_uniform_routing_does() -> None:
-    skewed = Routing.recorded([[1000, 500, *[1] * 62]] * 4, top_k=8)
-    uniform = Routing.uniform((64,) * 4, 8)
-    assert skewed.active_and_missing(16, 8)[1] < uniform.active_and_missing(16, 8)[1]
-    assert uniform.active_and_missing(10_000, 0)[0] == pytest.approx(256)
-    assert uniform.active_and_missing(1, 0)[0] == pytest.approx(4 * 8)
+def test_dense_layers_stream_where_the_room_is_worth_more_for_rows() -> None:
+    """Dense weights of 1.9 GB in a budget of 2: streaming some makes room for rows, and each read serves more tokens."""
+    spec = model_spec(layers=16, experts=8, top_k=8, expert_bytes=4 * MIB, dense_bytes=1900 * MIB)
+    ways = dense_ways(dense_spec(1900 * MIB, 16, 0.9))
+    model = PipelineModel(
+        spec=spec,
+        cache=CacheSpec(bytes_per_token=256 * KIB, largest_layer_bytes_per_token=16 * KIB, state_bytes=0),
+        activation=ActivationSpec(
+            hidden=1024, width=2048, expert_width=1536, top_k=8, vocabulary=1000, itemsize=2, materialised_heads=0
+        ),
+        dense=ways,
+        slot_bytes=4 * MIB,
+    )
+    costs = FixedCosts(attention=0.001, expert=0.0001, disk_bytes_per_s=1e9)
+    many, one = (
+        plan_pipeline(
+            model,
+            costs,
+            Workload(prompt_tokens=(64,) * count, new_tokens=(64,) * count),
+            memory_bytes=2 * GIB,
+        )
+        for count in (64, 1)
+    )
+    assert many.dense.streamed
+    assert many.group.max_rows > 16
+    assert one.dense.streamed == ()
+    kept = plan_pipeline(
+        replace(model, dense=ways[:1]),
+        costs,
+        Workload(prompt_tokens=(64,) * 64, new_tokens=(64,) * 64),
+        memory_bytes=2 * GIB,
+    )
+    assert many.predicted_tokens_per_s > 1.5 * kept.predicted_tokens_per_s
+    assert worth_changing(kept, many, disk_bytes_per_s=1e9)
+    assert not worth_changing(many, many, disk_bytes_per_s=1e9)
 
 
 def test_one_disk_bound_sequence_more_per_pass_is_nearly_free_so_many_are_planned_together() -> None:

@@ -105,9 +105,9 @@ def test_a_disk_that_fails_is_said_and_the_call_can_be_repeated(
         def fail(self: Reader, reads: Any, done: Any) -> None:
             done(ReadError("reading failed: Input/output error"))
 
-        assert llm._dense_stream is not None
+        assert llm._loaded().stream is not None
         with monkeypatch.context() as patch:
-            patch.setattr(llm._dense_stream._reader, "submit", lambda reads, done: fail(None, reads, done))  # type: ignore[arg-type]
+            patch.setattr(llm._loaded().stream._reader, "submit", lambda reads, done: fail(None, reads, done))  # type: ignore[arg-type]
             with pytest.raises(ReadError):
                 llm.generate(prompts, PARAMS)
         assert ids_of(llm, prompts) == want

@@ -158,9 +158,7 @@ def test_a_full_disk_is_said_in_one_line(
                 llm.generate(prompts, SamplingParams(max_tokens=2))
         assert len(llm.generate(prompts, SamplingParams(max_tokens=2))) == 2
         with monkeypatch.context() as patch:
-            patch.setattr(
-                "poise.engine.streaming.os.statvfs", lambda _: os.statvfs_result((4096, 1, 9, 0, 0) + (0,) * 5)
-            )
+            patch.setattr("poise.engine.kv_file.os.statvfs", lambda _: os.statvfs_result((4096, 1, 9, 0, 0) + (0,) * 5))
             with pytest.raises(UsageError, match="keys and values need"):
                 llm.generate(prompts, SamplingParams(max_tokens=2))
 
@@ -170,7 +168,7 @@ def test_what_is_no_disk_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match="is no directory"):
         LLM(checkpoint("mixtral"), memory="1GiB", kv_on_disk=True, scratch_directory=tmp_path / "none")
-    monkeypatch.setattr("poise.engine.streaming.in_memory", lambda _: True)
+    monkeypatch.setattr("poise.engine.kv_file.in_memory", lambda _: True)
     with pytest.raises(UsageError, match="is memory"):
         LLM(checkpoint("mixtral"), memory="1GiB", kv_on_disk=True, scratch_directory=tmp_path)
 

@@ -15,16 +15,27 @@ import torch
 
 from poise.engine.batch import Row
 from poise.engine.companions import end_tokens, load_tokenizer
+from poise.engine.dense_weights import DenseLayers, find_dense_layers
 from poise.engine.dtype import DtypeChoice, choose_for_device
 from poise.engine.footprint import automatic_budget_bytes, reset_peak, resident_bytes
-from poise.engine.planning import Costs, activation_spec, layer_costs, measured_machine, model_spec
+from poise.engine.kv_file import can_hold_kv
+from poise.engine.planning import (
+    ORDINARY,
+    SHORTEST,
+    UNKNOWN,
+    Costs,
+    activation_spec,
+    layer_costs,
+    measured_machine,
+    model_spec,
+    workload_of,
+)
 from poise.engine.prefetcher import prefetcher_bytes, read_table
 from poise.engine.probe import Probed, probe_ahead
 from poise.engine.prompts import token_ids
 from poise.engine.quantize import experts_in_4_bits
 from poise.engine.request import QUANTIZATIONS, Prompt
 from poise.engine.sampling import SamplingParams
-from poise.engine.streaming import DenseChoice, can_hold_kv, choose_dense
 from poise.errors import BudgetError, UsageError
 from poise.model.cache import needs_whole_prompts
 from poise.model.checkpoint import Checkpoint, open_checkpoint
@@ -36,8 +47,10 @@ from poise.model.int4_store import Int4Store
 from poise.model.layout import CheckpointLayout, find_layout
 from poise.model.weights import int4_scratch_bytes_for, slot_bytes_for, staging_bytes_for, unpacked_if_it_fits
 from poise.offload.unpacker import ring_bytes_for
+from poise.plan.candidates import PipelineModel
+from poise.plan.dense import DensePlan
 from poise.plan.memory import OVERHEAD_BYTES
-from poise.plan.pipeline import PipelineModel, PipelinePlan, plan_pipeline
+from poise.plan.pipeline import PipelinePlan, plan_pipeline
 from poise.plan.workload import Workload
 from poise.predict.correlation import CorrelationTable
 from poise.spec.machine import Machine
@@ -96,7 +109,7 @@ class Blueprint:
     table: CorrelationTable | None
     budget_bytes: int
     base_bytes: int
-    dense: DenseChoice
+    dense: DenseLayers
     pipeline: PipelineModel
     costs: Costs
 
@@ -116,15 +129,27 @@ class Blueprint:
         ids = token_ids(prompt, params, index=index, tokenizer=self.tokenizer, **limits)
         return Row(index, ids, params, self.tokenizer)
 
-    def plan(self, workload: Workload) -> PipelinePlan:
-        """How to run it. Raises BudgetError, which names the smallest budget that works."""
-        try:
-            return plan_pipeline(
-                self.pipeline, self.costs.layers, workload, memory_bytes=self.budget_bytes, only=self.options.groups
-            )
-        except BudgetError as error:
-            fixed = self.pipeline.scratch_bytes + OVERHEAD_BYTES
-            raise self.dense.corrected(error, budget_bytes=self.budget_bytes, fixed_bytes=fixed) from None
+    def plan(self, workload: Workload, *, dense: DensePlan | None = None) -> PipelinePlan:
+        """How to run it, with these dense weights if any are given. Raises BudgetError with the smallest budget that works."""
+        pipeline = self.pipeline if dense is None else replace(self.pipeline, dense=(dense,))
+        return plan_pipeline(
+            pipeline, self.costs.layers, workload, memory_bytes=self.budget_bytes, only=self.options.groups
+        )
+
+    def plan_to_load(self, rows: Sequence[Row]) -> PipelinePlan:
+        """For what will be asked, if that is known; otherwise for ``UNKNOWN``, or the shortest there is.
+
+        Raises BudgetError where the rows, or the shortest, do not fit one at a time; the budget that it names is enough for the
+        rows, or for one of ordinary length.
+        """
+        if rows:
+            return self.plan(workload_of(rows))
+        for workload in (UNKNOWN, SHORTEST):
+            try:
+                return self.plan(workload)
+            except BudgetError:
+                continue
+        return self.plan(ORDINARY)
 
     def corrected(self, probed: Probed) -> Blueprint:
         """The same with what forwards of the loaded model showed."""
@@ -161,14 +186,7 @@ def draw_up(model: str | Path, options: Options, *, on_made: OnMade | None = Non
     elif options.expert_slots is None:
         layout = unpacked_if_it_fits(layout, budget_bytes - dense_nbytes(meta) - OVERHEAD_BYTES)
     scratch_bytes = _scratch_bytes(layout)
-    dense = choose_dense(
-        meta,
-        modules,
-        layout,
-        dtype.dtype,
-        dense_layers=options.dense_layers,
-        room_bytes=budget_bytes - scratch_bytes - OVERHEAD_BYTES,
-    )
+    dense = find_dense_layers(meta, modules, layout, dtype.dtype, dense_layers=options.dense_layers)
     probed = probe_ahead(meta)
     spec = model_spec(meta, layout, probed.top_k, dtype.dtype)
     return Blueprint(
@@ -189,7 +207,7 @@ def draw_up(model: str | Path, options: Options, *, on_made: OnMade | None = Non
             spec=spec,
             cache=probed.cache,
             activation=activation_spec(meta, spec, layout, itemsize=dtype.dtype.itemsize),
-            dense=(dense.plan,),
+            dense=dense.ways,
             slot_bytes=slot_bytes_for(layout.experts_LE),
             scratch_bytes=scratch_bytes,
             whole_prompts=needs_whole_prompts(meta),

@@ -16,24 +16,25 @@ from typing import Any
 
 from poise.engine.batch import Row
 from poise.engine.blueprint import READER_THREADS, Blueprint, Options, draw_up
+from poise.engine.dense_weights import DenseWeights, load_resident
 from poise.engine.finite import cause_of_not_finite
-from poise.engine.footprint import peak_resident_bytes, return_freed_memory
+from poise.engine.footprint import give_back_freed_memory, peak_resident_bytes, return_freed_memory
+from poise.engine.kv_file import open_kv, refuse_if_disk_is_full
 from poise.engine.loop import Listeners, Loop, OnLogits, OnProgress, OnText
-from poise.engine.planning import refuse_early, workload_of
+from poise.engine.planning import workload_of
 from poise.engine.prefetcher import make_prefetcher
 from poise.engine.probe import probe
 from poise.engine.prompts import as_list, params_for
 from poise.engine.request import Progress, Prompt, RequestOutput
 from poise.engine.runner import Runner
 from poise.engine.sampling import SamplingParams
-from poise.engine.streaming import load_resident, open_dense, open_kv, refuse_if_disk_is_full
-from poise.errors import CheckpointError, UsageError
+from poise.errors import BudgetError, CheckpointError, UsageError
 from poise.model.int4_making import OnMade
 from poise.model.weights import converter_for
-from poise.offload.dense_stream import DenseStream
 from poise.offload.expert_store import ExpertStore
 from poise.offload.kv_stream import KvStream
-from poise.plan.pipeline import PipelinePlan
+from poise.plan.dense import DensePlan
+from poise.plan.pipeline import PipelinePlan, worth_changing
 from poise.plan.schedule import Policy
 from poise.spec.machine import Machine
 from poise.spec.model_spec import ModelSpec
@@ -82,7 +83,7 @@ class LLM:
         expected: Sequence[tuple[Prompt, SamplingParams]] = (),
     ) -> None:
         self._store: ExpertStore | None = None
-        self._dense_stream: DenseStream | None = None
+        self._dense: DenseWeights | None = None
         self._kv: KvStream | None = None
         self._last: Progress | None = None
         self._plan: PipelinePlan | None = None
@@ -105,22 +106,23 @@ class LLM:
         )
         self._blueprint = draw_up(model, options, on_made=on_made)
         rows = [self._blueprint.row(index, *each) for index, each in enumerate(expected)]
-        refuse_early(self._blueprint.pipeline, self._blueprint.dense, rows, memory_bytes=self.budget_bytes, only=groups)
+        planned = self._blueprint.plan_to_load(rows)
         try:
-            self._load()
+            self._load(planned.dense)
         except BaseException:
             self.close()
             raise
 
-    def _load(self) -> None:
+    def _load(self, dense: DensePlan) -> None:
         """Reads the dense weights and opens everything that runs."""
         drawn = self._blueprint
-        load_resident(drawn.model, drawn.checkpoint, drawn.layout, drawn.dtype.dtype, drawn.device, drawn.dense)
+        streamed = drawn.dense.streamed(dense)
+        load_resident(drawn.model, drawn.checkpoint, drawn.layout, drawn.dtype.dtype, drawn.device, streamed)
         self._store = store = _open_store(drawn)
-        self._dense_stream = open_dense(drawn.model, drawn.dense)
+        self._dense = DenseWeights(drawn.model, drawn.dense, dense)
         if drawn.options.kv_on_disk:
             self._kv = open_kv(drawn.options.scratch_directory)
-        self._runner = Runner(drawn.model, drawn.modules, store, dense=self._dense_stream)
+        self._runner = Runner(drawn.model, drawn.modules, store, dense=self._dense.stream)
         self._blueprint = drawn.corrected(probe(drawn.model, drawn.device))
         self._prefetcher = make_prefetcher(self._policy, self.spec, store, drawn.table)
 
@@ -159,7 +161,7 @@ class LLM:
             "experts_per_layer": max(self.spec.experts_L),
             "top_k": self.spec.top_k,
             "expert_bytes": self.spec.expert_bytes,
-            "dense_layers_streamed": len(drawn.dense.plan.streamed),
+            "dense_layers_streamed": len(self._loaded().plan.streamed),
             "kv_on_disk": self._runner.kv is not None,
             "costs": drawn.costs.source,
             "dense_bytes": self.spec.dense_bytes,
@@ -216,8 +218,10 @@ class LLM:
         if not rows:
             return []
         store = self._open()
-        self._plan = plan = drawn.plan(workload_of(rows))
+        self._plan = plan = self._plan_for(rows)
         self._use_kv(plan, rows)
+        give_back_freed_memory()
+        self._use_dense(plan)
         store.resize(plan.num_slots)
         store.policy = self._policy if self._policy.ahead else replace(self._policy, ahead=plan.prefetch_experts)
         store.timeline = timeline
@@ -260,7 +264,7 @@ class LLM:
         if self._store is not None:
             self._store.close()
             self._store = None
-        for stream in (self._dense_stream, self._kv):
+        for stream in (self._dense, self._kv):
             if stream is not None:
                 stream.close()
 
@@ -276,6 +280,36 @@ class LLM:
         if self._store is None:
             raise UsageError("this LLM is closed; make a new one")
         return self._store
+
+    def _loaded(self) -> DenseWeights:
+        assert self._dense is not None, "the model is loaded"
+        return self._dense
+
+    def _plan_for(self, rows: Sequence[Row]) -> PipelinePlan:
+        """The best plan, or the best with the dense weights as they lie if changing that would not pay."""
+        drawn, workload, loaded = self._blueprint, workload_of(rows), self._loaded().plan
+        best = drawn.plan(workload)
+        if best.dense == loaded:
+            return best
+        try:
+            kept = drawn.plan(workload, dense=loaded)
+        except BudgetError:
+            return best
+        return best if worth_changing(kept, best, disk_bytes_per_s=drawn.costs.layers.disk_bytes_per_s) else kept
+
+    def _use_dense(self, plan: PipelinePlan) -> None:
+        """Has the dense weights as planned; slots that experts lose by it go first. Closes the LLM on an error."""
+        dense, store = self._loaded(), self._open()
+        if dense.plan == plan.dense:
+            return
+        store.resize(min(plan.num_slots, store.num_slots))
+        self._runner.dense = None
+        try:
+            dense.change(plan.dense)
+        except BaseException:
+            self.close()
+            raise
+        self._runner.dense = dense.stream
 
     def _use_kv(self, plan: PipelinePlan, rows: Sequence[Row]) -> None:
         """Opens the caches' file where the plan has them on disk. Raises UsageError when they do not fit there."""

@@ -13,14 +13,12 @@ import torch
 from poise.cost.layer_costs import LayerShapes, MachineCosts, RooflineCosts
 from poise.engine.batch import Row
 from poise.engine.sampling import SamplingParams
-from poise.engine.streaming import DenseChoice
-from poise.errors import BudgetError, MachineError
+from poise.errors import MachineError
 from poise.model.dense import dense_nbytes
 from poise.model.inspect import ExpertsModule
 from poise.model.layout import CheckpointLayout
-from poise.plan.memory import OVERHEAD_BYTES, ActivationSpec
+from poise.plan.memory import ActivationSpec
 from poise.plan.passes import LayerCosts
-from poise.plan.pipeline import PipelineModel, refuse_if_too_small
 from poise.plan.workload import Workload
 from poise.profile.calibrate import calibrate
 from poise.profile.subject import Subject, subject_of_checkpoint
@@ -33,10 +31,12 @@ logger = logging.getLogger(__name__)
 MEASURED_BYTES = GIB
 """Models of fewer bytes are planned without measuring: that would take longer than most of their runs. Nor is anything
 measured within a smaller budget, in which it might not fit."""
-SHORTEST = Workload(prompt_tokens=(1,), new_tokens=(1,))
-"""A budget too small for it is refused before anything is loaded."""
+UNKNOWN = Workload(prompt_tokens=(64,) * 32, new_tokens=(SamplingParams().max_tokens,) * 32)
+"""What is planned for where nobody says what will be asked."""
 ORDINARY = Workload(prompt_tokens=(64,), new_tokens=(SamplingParams().max_tokens,))
-"""What the budget that such a refusal names is enough for, where nobody says what will be asked."""
+"""What the budget that a refusal names is enough for then."""
+SHORTEST = Workload(prompt_tokens=(1,), new_tokens=(1,))
+"""A budget too small even for it is refused before anything is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,36 +90,6 @@ def workload_of(rows: Sequence[Row]) -> Workload:
         prompt_tokens=tuple(len(row.prompt_ids) for row in rows),
         new_tokens=tuple(row.params.max_tokens for row in rows),
     )
-
-
-def refuse_early(
-    model: PipelineModel,
-    dense: DenseChoice,
-    rows: Sequence[Row],
-    *,
-    memory_bytes: int,
-    only: Sequence[tuple[int, int]] | None,
-) -> None:
-    """Before anything is loaded: raises BudgetError where the rows, or the shortest there is, do not fit one at a time.
-
-    The budget that it names is enough for the rows, or for one of ordinary length.
-    """
-
-    def refuse(workload: Workload) -> None:
-        try:
-            refuse_if_too_small(model, workload, memory_bytes=memory_bytes, only=only)
-        except BudgetError as error:
-            fixed = model.scratch_bytes + OVERHEAD_BYTES
-            raise dense.corrected(error, budget_bytes=memory_bytes, fixed_bytes=fixed) from None
-
-    if rows:
-        refuse(workload_of(rows))
-        return
-    try:
-        refuse(SHORTEST)
-    except BudgetError:
-        refuse(ORDINARY)
-        raise
 
 
 def activation_spec(model: Any, spec: ModelSpec, layout: CheckpointLayout, *, itemsize: int) -> ActivationSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ OVERHEAD_BYTES = 80 * MIB
 """Threads, compiled kernels, allocator slack, Python objects: what grows with nothing a plan decides."""
 WIDE_BYTES = 4
 """Of an element that goes in and out of a product: those with bf16 matrices may be computed in fp32."""
+CACHE_SLACK = 8
+"""Caches take an eighth more than their bytes: growing, each leaves holes that are too small for the next (measured: 14 %)."""
 MAX_EXPERT_ROWS = 512
 """Rows that go through an expert at once: enough for the processor's full rate, few enough to bound what they take."""
 
@@ -59,17 +62,31 @@ class ActivationSpec:
         return parked + inside + expert + scores + logits
 
 
-def cache_bytes_of(
-    cache: CacheSpec, prompt_tokens: Sequence[int], total_tokens: Sequence[int], rows: int, batch_size: int
-) -> int:
-    """Caches of the rows that can run at once and take most; growing a layer copies it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheTokens:
+    """How long rows may become: ``longest``, and ``sum_R[r]`` of the r longest; ``batch_size`` rows make a batch."""
 
-    Batches take prompts in order of length; a row is as long as its batch's longest prompt and its own answer.
-    """
-    lengths = sorted(zip(prompt_tokens, total_tokens, strict=True), reverse=True)
-    widths = [lengths[index // batch_size * batch_size][0] for index in range(len(lengths))]
-    needs = sorted(
-        (width + total - prompt for width, (prompt, total) in zip(widths, lengths, strict=True)), reverse=True
-    )
-    copied = batch_size * needs[0] * cache.largest_layer_bytes_per_token
-    return sum(cache.sequence_bytes(tokens) for tokens in needs[:rows]) + 2 * copied
+    batch_size: int
+    longest: int
+    sum_R: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompt_tokens: Sequence[int], total_tokens: Sequence[int], batch_size: int) -> CacheTokens:
+        """Batches take prompts in order of length; a row is as long as its batch's longest prompt and its own answer."""
+        lengths = sorted(zip(prompt_tokens, total_tokens, strict=True), reverse=True)
+        widths = [lengths[index // batch_size * batch_size][0] for index in range(len(lengths))]
+        needs = sorted(
+            (width + total - prompt for width, (prompt, total) in zip(widths, lengths, strict=True)), reverse=True
+        )
+        return cls(batch_size=batch_size, longest=needs[0], sum_R=tuple(itertools.accumulate(needs, initial=0)))
+
+    def most(self, rows: int) -> int:
+        """Tokens of the ``rows`` rows that are longest, or of all."""
+        return self.sum_R[min(rows, len(self.sum_R) - 1)]
+
+    def bytes_in(self, cache: CacheSpec, rows: int) -> int:
+        """Caches of the rows that can run at once and take most; growing a layer copies it."""
+        rows = min(rows, len(self.sum_R) - 1)
+        copied = self.batch_size * self.longest * cache.largest_layer_bytes_per_token
+        whole = rows * cache.state_bytes + self.most(rows) * cache.bytes_per_token
+        return whole + whole // CACHE_SLACK + 2 * copied

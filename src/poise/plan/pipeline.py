@@ -1,59 +1,35 @@
 """Klotski's constraint-sensitive planner: batch size, batches, lookahead and what lies in which tier, chosen together.
 
-Candidates are enumerated, each is fitted into the memory budget or dropped, timed by ``plan.passes``, and the fastest is
-taken; a plan that does not fit cannot be returned. Pure: numbers in, a frozen plan out.
+Group shapes are enumerated, each is fitted into the memory budget or dropped, and with it every way of the dense weights and
+every K is timed (``plan.passes``); the fastest is taken. A plan that does not fit cannot be returned. Pure: numbers in, a
+frozen plan out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from poise.errors import BudgetError
+from poise.plan.candidates import Candidate, PipelineModel, candidates
 from poise.plan.dense import DensePlan
 from poise.plan.group import GroupShape
-from poise.plan.memory import OVERHEAD_BYTES, ActivationSpec, cache_bytes_of
-from poise.plan.passes import (
-    Held,
-    LayerCosts,
-    PassShape,
-    PassTime,
-    Routing,
-    attention_layer_s,
-    experts_ahead,
-    time_pass,
-)
-from poise.plan.workload import Workload, decode_shape, stages
-from poise.spec.model_spec import CacheSpec, ModelSpec
+from poise.plan.passes import Held, LayerCosts, PassTime, PassTimer
+from poise.plan.routing import Routing
+from poise.plan.tiers import Placed, num_resident, tiers_of
+from poise.plan.workload import Stage, Workload, decode_shape, stages
 from poise.units import format_bytes
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-NUM_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-CHUNK_TOKENS = (16, 64, 256, 512)
-PASS_TOKENS = (512, 2048, 4096, 8192)
+AHEAD = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 ALTERNATIVES = 5
+PATIENCE = 2
+"""A further step in the same direction is tried so many times without gain: times are convex but for whole slots."""
+CHANGE_FRAC = 0.05
+"""Share of a run's time that a change of the dense weights must save."""
 WORTH_FRAC = 0.01
 """A plan is preferred for its speed only where it is faster by more; else the simpler one is, and the one of less memory."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PipelineModel:
-    """A model in the numbers that a pipeline needs. ``slot_bytes``: one expert in memory; ``scratch_bytes``: beside slots.
-
-    ``dense``: the ways in which its dense weights may lie. ``may_move_cache``: whether caches may be planned on disk.
-    """
-
-    spec: ModelSpec
-    cache: CacheSpec
-    activation: ActivationSpec
-    dense: tuple[DensePlan, ...]
-    slot_bytes: int
-    scratch_bytes: int = 0
-    whole_prompts: bool = False
-    max_slots: int | None = None
-    may_move_cache: tuple[bool, ...] = (False,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +37,7 @@ class Alternative:
     """Another plan that fits, for the ranking."""
 
     group: GroupShape
+    prefetch_experts: int
     num_slots: int
     cache_on_disk: bool
     streamed_layers: int
@@ -71,8 +48,9 @@ class Alternative:
 class PipelinePlan:
     """What runs. Tokens per second count generated tokens over prefill and decode, as the paper does (section 6).
 
-    ``prefetch_experts``: K, experts read before they are asked for. ``num_slots``: experts in memory at once. ``decode``: the
-    time of a pass in which every row decodes. ``bound_tokens_per_s``: at the limits of disk and compute of this group shape.
+    ``prefetch_experts``: K, experts read before they are asked for. ``num_slots``: experts in memory at once. ``tiers``: what
+    lies where. ``predicted_s``: all requests. ``decode``: the time of a pass in which every row decodes.
+    ``bound_tokens_per_s``: at the limits of disk and compute of this group shape.
     """
 
     group: GroupShape
@@ -84,11 +62,23 @@ class PipelinePlan:
     cache_bytes: int
     activation_bytes: int
     experts_bytes: int
+    tiers: tuple[Placed, ...]
+    predicted_s: float
     predicted_tokens_per_s: float
     bound_tokens_per_s: float
     bottleneck: Literal["disk", "compute"]
     decode: PassTime
     alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in a batch: the paper's bs."""
+        return self.group.batch_size
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that run in lockstep: the paper's n."""
+        return self.group.num_batches
 
     @property
     def dense_bytes(self) -> int:
@@ -98,24 +88,24 @@ class PipelinePlan:
     @property
     def memory_bytes(self) -> int:
         """What the plan takes of the budget."""
-        return self.dense_bytes + self.cache_bytes + self.activation_bytes + self.experts_bytes + OVERHEAD_BYTES
+        return sum(each.nbytes for each in self.tiers if each.tier == "memory" and each.what != "not used")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Candidate:
-    """``cache_bytes`` and ``activation_bytes``: memory that it takes besides weights."""
+class _Fitted:
+    """A candidate with all memory that is left given to experts, and what it would take."""
 
-    group: GroupShape
-    cache_on_disk: bool
+    candidate: Candidate
     dense: DensePlan
-    cache_bytes: int
-    activation_bytes: int
+    num_slots: int
+    ahead: int
+    seconds: float
 
-    def least_bytes(self, model: PipelineModel) -> int:
-        """Memory with a single slot."""
-        return (
-            self.cache_bytes + self.activation_bytes + self.dense.memory_bytes + _fixed_bytes(model) + model.slot_bytes
-        )
+    def rank(self, fastest_s: float) -> tuple[float, ...]:
+        """Speed in steps of ``WORTH_FRAC``, then simplicity, then memory that is not needed for experts; then speed."""
+        behind = math.floor(math.log(self.seconds / fastest_s) / WORTH_FRAC)
+        simple = (len(self.dense.streamed), self.candidate.cache_on_disk, self.candidate.group.num_batches)
+        return behind, *simple, self.candidate.working_bytes, self.seconds
 
 
 def plan_pipeline(
@@ -132,171 +122,164 @@ def plan_pipeline(
     ``routing``: what was recorded, else uniform. ``only``: (batch size, batches) to choose among. Raises BudgetError, which
     names the smallest budget that works, when nothing fits.
     """
-    chances = routing or Routing.uniform(model.spec.experts_L, model.spec.top_k)
-    plans: list[PipelinePlan] = []
-    smallest: _Candidate | None = None
-    for candidate in _candidates(model, workload, only):
-        least = candidate.least_bytes(model)
-        if smallest is None or least < smallest.least_bytes(model):
+    search = _Search(model, costs, workload, memory_bytes, routing)
+    smallest: Candidate | None = None
+    fitted: list[_Fitted] = []
+    for candidate in candidates(model, workload, only):
+        if smallest is None or candidate.working_bytes < smallest.working_bytes:
             smallest = candidate
-        if least <= memory_bytes:
-            plans.append(_planned(model, costs, workload, candidate, chances, memory_bytes))
+        fitted += search.fitted(candidate)
     assert smallest is not None, "there is always a candidate"
-    if not plans:
+    if not fitted:
         raise _too_small(model, smallest, memory_bytes)
-    fastest = max(plan.predicted_tokens_per_s for plan in plans)
-    plans.sort(key=lambda plan: (_rank(plan, fastest), -plan.predicted_tokens_per_s))
-    return _with_alternatives(plans)
+    fastest_s = min(each.seconds for each in fitted)
+    best, *others = sorted(fitted, key=lambda each: each.rank(fastest_s))
+    return search.plan(best, _alternatives(best, others, sum(workload.new_tokens)))
 
 
-def refuse_if_too_small(
-    model: PipelineModel,
-    workload: Workload,
-    *,
-    memory_bytes: int,
-    only: Sequence[tuple[int, int]] | None = None,
-) -> None:
-    """Raises the BudgetError that ``plan_pipeline`` would raise; takes no times, so that it can come before they are known."""
-    candidates = _candidates(model, workload, only or [(1, 1)])
-    smallest = min(candidates, key=lambda candidate: candidate.least_bytes(model))
-    if smallest.least_bytes(model) > memory_bytes:
-        raise _too_small(model, smallest, memory_bytes)
+def worth_changing(kept: PipelinePlan, better: PipelinePlan, *, disk_bytes_per_s: float) -> bool:
+    """Whether a run is so much faster with the dense weights as in ``better`` that changing them first pays.
+
+    All that changes is read once; a prediction is not taken at its word for less than ``CHANGE_FRAC``.
+    """
+    moved_bytes = abs(kept.dense.bytes_per_pass - better.dense.bytes_per_pass)
+    gain_s = kept.predicted_s - better.predicted_s
+    return gain_s > max(2.0 * moved_bytes / disk_bytes_per_s, CHANGE_FRAC * kept.predicted_s)
 
 
-def _rank(plan: PipelinePlan, fastest: float) -> tuple[float, ...]:
-    """Speed in steps of ``WORTH_FRAC``, then simplicity, then memory that is not needed for experts."""
-    behind = math.floor(math.log(fastest / plan.predicted_tokens_per_s) / WORTH_FRAC)
-    memory = plan.activation_bytes + plan.cache_bytes
-    return behind, len(plan.dense.streamed), plan.cache_on_disk, plan.group.num_batches, memory
+class _Search:
+    """Times what fits. One budget, one workload."""
 
+    def __init__(
+        self,
+        model: PipelineModel,
+        costs: LayerCosts,
+        workload: Workload,
+        memory_bytes: int,
+        routing: Routing | None,
+    ) -> None:
+        self._model, self._workload, self._memory_bytes = model, workload, memory_bytes
+        spec = model.spec
+        chances = routing or Routing.uniform(spec.experts_L, spec.top_k)
+        self._timer = PassTimer(costs, chances, expert_bytes=spec.expert_bytes, num_layers=spec.num_layers)
+        self._stages: dict[GroupShape, list[Stage]] = {}
 
-def _candidates(
-    model: PipelineModel, workload: Workload, only: Sequence[tuple[int, int]] | None
-) -> Iterator[_Candidate]:
-    for group in _groups(model, workload, only):
-        for on_disk in model.may_move_cache:
-            activation_bytes = model.activation.pass_bytes(
-                batch_size=group.batch_size,
-                num_batches=group.num_batches,
-                chunk_tokens=group.chunk_tokens,
-                context_tokens=max(workload.total_tokens),
-                pass_tokens=group.pass_tokens,
-            )
-            cache_bytes = cache_bytes_of(
-                model.cache.on_disk() if on_disk else model.cache,
-                workload.prompt_tokens,
-                workload.total_tokens,
-                group.max_rows,
-                group.batch_size,
-            )
-            for dense in model.dense:
-                yield _Candidate(
-                    group=group,
-                    cache_on_disk=on_disk,
-                    dense=dense,
-                    cache_bytes=cache_bytes,
-                    activation_bytes=activation_bytes,
-                )
+    def fitted(self, candidate: Candidate) -> Iterator[_Fitted]:
+        """The best K for each way of the dense weights that fits, while the time falls from way to way."""
+        best_s, since = math.inf, 0
+        for dense in self._model.dense:
+            left = self._memory_bytes - candidate.least_bytes(self._model, dense)
+            if left < 0:
+                continue
+            found = self._best_ahead(candidate, dense, 1 + left // self._model.slot_bytes)
+            yield found
+            since = 0 if found.seconds < best_s else since + 1
+            best_s = min(best_s, found.seconds)
+            if since >= PATIENCE or found.num_slots == self._model.most_slots:
+                return
 
+    def _best_ahead(self, candidate: Candidate, dense: DensePlan, num_slots: int) -> _Fitted:
+        slots = min(num_slots, self._model.most_slots)
+        best: _Fitted | None = None
+        since = 0
+        for ahead in AHEAD:
+            if best is not None and (
+                ahead > slots // 2 or since >= PATIENCE or slots == sum(self._model.spec.experts_L)
+            ):
+                break
+            seconds, _ = self._seconds(candidate, self._held(candidate, dense, slots, ahead))
+            if best is None or seconds < best.seconds * (1.0 - 1e-9):
+                best = _Fitted(candidate=candidate, dense=dense, num_slots=slots, ahead=ahead, seconds=seconds)
+                since = 0
+            else:
+                since += 1
+        assert best is not None, "K = 1 is always tried"
+        return best
 
-def _groups(model: PipelineModel, workload: Workload, only: Sequence[tuple[int, int]] | None) -> Iterator[GroupShape]:
-    """Batch sizes and numbers of batches that the requests fill, chunks, and caps on the prompt tokens of a pass."""
-    count, longest = workload.num_requests, max(workload.prompt_tokens)
-    chunks = [longest] if model.whole_prompts else sorted({min(chunk, longest) for chunk in CHUNK_TOKENS})
-    pairs = only or [(size, n) for size in BATCH_SIZES for n in NUM_BATCHES]
-    sizes = [(min(size, count), n) for size, n in pairs]
-    for size, n in sorted({(size, min(n, math.ceil(count / size))) for size, n in sizes}):
-        for chunk in chunks:
-            everything = size * n * chunk
-            for tokens in sorted({min(everything, max(cap, size * chunk)) for cap in PASS_TOKENS}):
-                yield GroupShape(batch_size=size, num_batches=n, chunk_tokens=chunk, pass_tokens=tokens)
-
-
-def _planned(
-    model: PipelineModel,
-    costs: LayerCosts,
-    workload: Workload,
-    candidate: _Candidate,
-    routing: Routing,
-    memory_bytes: int,
-) -> PipelinePlan:
-    """The candidate with all memory that is left given to experts, and its predicted speed."""
-    group, num_experts = candidate.group, sum(model.spec.experts_L)
-    left = memory_bytes - candidate.least_bytes(model) + model.slot_bytes
-    slots = min(left // model.slot_bytes, num_experts, model.max_slots or num_experts)
-    expert_io_s = model.spec.expert_bytes / costs.disk_bytes_per_s
-    ahead = experts_ahead(attention_layer_s(decode_shape(workload, group), costs), expert_io_s, slots)
-    held = Held(
-        resident=slots if slots == num_experts else max(0, slots - ahead),
-        ahead=ahead,
-        streamed_bytes=candidate.dense.bytes_per_pass,
-        cache_bytes_per_token=model.cache.movable_bytes_per_token if candidate.cache_on_disk else 0,
-    )
-    best = replace(held, resident=slots, cache_bytes_per_token=0)
-
-    def time(shape: PassShape, each: Held) -> PassTime:
-        return time_pass(
-            shape,
-            each,
-            costs=costs,
-            routing=routing,
-            expert_bytes=model.spec.expert_bytes,
-            num_layers=model.spec.num_layers,
+    def plan(self, best: _Fitted, alternatives: tuple[Alternative, ...]) -> PipelinePlan:
+        """All about the plan that was chosen."""
+        model, candidate, dense = self._model, best.candidate, best.dense
+        held = self._held(candidate, dense, best.num_slots, best.ahead)
+        ideal = Held(
+            resident=best.num_slots, ahead=best.ahead, streamed_bytes=dense.bytes_per_pass, cache_bytes_per_token=0
+        )
+        decode = self._timer.time(decode_shape(self._workload, candidate.group), held)
+        tokens = sum(self._workload.new_tokens)
+        return PipelinePlan(
+            group=candidate.group,
+            prefetch_experts=best.ahead,
+            num_slots=best.num_slots,
+            dense=dense,
+            cache_on_disk=candidate.cache_on_disk,
+            budget_bytes=self._memory_bytes,
+            cache_bytes=candidate.cache_bytes,
+            activation_bytes=candidate.activation_bytes,
+            experts_bytes=best.num_slots * model.slot_bytes + model.scratch_bytes,
+            tiers=tiers_of(
+                model,
+                candidate,
+                dense,
+                num_slots=best.num_slots,
+                ahead=best.ahead,
+                budget_bytes=self._memory_bytes,
+            ),
+            predicted_s=best.seconds,
+            predicted_tokens_per_s=tokens / best.seconds,
+            bound_tokens_per_s=tokens / self._seconds(candidate, ideal)[1],
+            bottleneck="disk" if decode.disk_s >= decode.compute_s else "compute",
+            decode=decode,
+            alternatives=alternatives,
         )
 
-    decode = time(decode_shape(workload, group), held)
-    seconds = bound_s = 0.0
-    for stage in stages(workload, group):
-        seconds += stage.passes * time(stage.shape, held).seconds
-        bound_s += stage.passes * time(stage.shape, best).limit_s
-    tokens = sum(workload.new_tokens)
-    return PipelinePlan(
-        group=group,
-        prefetch_experts=ahead,
-        num_slots=slots,
-        dense=candidate.dense,
-        cache_on_disk=candidate.cache_on_disk,
-        budget_bytes=memory_bytes,
-        cache_bytes=candidate.cache_bytes,
-        activation_bytes=candidate.activation_bytes,
-        experts_bytes=slots * model.slot_bytes + model.scratch_bytes,
-        predicted_tokens_per_s=tokens / seconds,
-        bound_tokens_per_s=tokens / bound_s,
-        bottleneck="disk" if decode.disk_s >= decode.compute_s else "compute",
-        decode=decode,
-    )
+    def _held(self, candidate: Candidate, dense: DensePlan, slots: int, ahead: int) -> Held:
+        return Held(
+            resident=num_resident(self._model, slots, ahead),
+            ahead=ahead,
+            streamed_bytes=dense.bytes_per_pass,
+            cache_bytes_per_token=self._model.cache.movable_bytes_per_token if candidate.cache_on_disk else 0,
+        )
+
+    def _seconds(self, candidate: Candidate, held: Held) -> tuple[float, float]:
+        """Of the whole workload: predicted, and the sum of its passes' limits."""
+        if candidate.group not in self._stages:
+            self._stages[candidate.group] = list(stages(self._workload, candidate.group))
+        total = limit = 0.0
+        for stage in self._stages[candidate.group]:
+            seconds, limit_s = self._timer.seconds(stage.shape, held)
+            total += stage.passes * seconds
+            limit += stage.passes * limit_s
+        return total, limit
 
 
-def _fixed_bytes(model: PipelineModel) -> int:
-    return model.scratch_bytes + OVERHEAD_BYTES
-
-
-def _too_small(model: PipelineModel, smallest: _Candidate, memory_bytes: int) -> BudgetError:
-    needed = smallest.least_bytes(model)
-    working = needed - smallest.dense.memory_bytes - model.slot_bytes
+def _too_small(model: PipelineModel, smallest: Candidate, memory_bytes: int) -> BudgetError:
+    dense_bytes = model.smallest_dense.memory_bytes
+    needed = smallest.least_bytes(model, model.smallest_dense)
+    working = needed - dense_bytes - model.slot_bytes
     return BudgetError(
         f"a memory budget of {format_bytes(memory_bytes)} is too small; the smallest that works is {needed} bytes "
-        f"({format_bytes(needed)}): {format_bytes(smallest.dense.memory_bytes)} dense weights, "
+        f"({format_bytes(needed)}): {format_bytes(dense_bytes)} dense weights, "
         f"{format_bytes(model.slot_bytes)} for one expert, {format_bytes(working)} to work in",
         smallest_bytes=needed,
     )
 
 
-def _with_alternatives(plans: Sequence[PipelinePlan]) -> PipelinePlan:
-    """The first plan, with the best of every other (batch size, batches) in its ranking."""
-    best, *others = plans
-    ranking: dict[tuple[int, int], Alternative] = {}
-    for plan in others:
-        key = (plan.group.batch_size, plan.group.num_batches)
-        if key != (best.group.batch_size, best.group.num_batches) and len(ranking) < ALTERNATIVES:
-            ranking.setdefault(
-                key,
-                Alternative(
-                    group=plan.group,
-                    num_slots=plan.num_slots,
-                    cache_on_disk=plan.cache_on_disk,
-                    streamed_layers=len(plan.dense.streamed),
-                    predicted_tokens_per_s=plan.predicted_tokens_per_s,
-                ),
+def _alternatives(best: _Fitted, others: Iterable[_Fitted], tokens: int) -> tuple[Alternative, ...]:
+    """The best of every other (batch size, batches), for the ranking."""
+    taken = {(best.candidate.group.batch_size, best.candidate.group.num_batches)}
+    ranking: list[Alternative] = []
+    for each in others:
+        key = (each.candidate.group.batch_size, each.candidate.group.num_batches)
+        if key in taken or len(ranking) == ALTERNATIVES:
+            continue
+        taken.add(key)
+        ranking.append(
+            Alternative(
+                group=each.candidate.group,
+                prefetch_experts=each.ahead,
+                num_slots=each.num_slots,
+                cache_on_disk=each.candidate.cache_on_disk,
+                streamed_layers=len(each.dense.streamed),
+                predicted_tokens_per_s=tokens / each.seconds,
             )
-    return replace(best, alternatives=tuple(ranking.values()))
+        )
+    return tuple(ranking)

@@ -1,0 +1,114 @@
+"""What the pipeline planner chooses among: group shapes, caches in memory or on disk, and the memory that each takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from poise.plan.dense import DensePlan
+from poise.plan.group import GroupShape
+from poise.plan.memory import OVERHEAD_BYTES, ActivationSpec, CacheTokens
+from poise.plan.workload import Workload
+from poise.spec.model_spec import CacheSpec, ModelSpec
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+NUM_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+CHUNK_TOKENS = (16, 64, 256, 512)
+PASS_TOKENS = (512, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineModel:
+    """A model in the numbers that a pipeline needs. ``slot_bytes``: one expert in memory; ``scratch_bytes``: beside slots.
+
+    ``dense``: the ways in which its dense weights may lie, from most memory to least. ``may_move_cache``: whether caches may
+    be planned on disk.
+    """
+
+    spec: ModelSpec
+    cache: CacheSpec
+    activation: ActivationSpec
+    dense: tuple[DensePlan, ...]
+    slot_bytes: int
+    scratch_bytes: int = 0
+    whole_prompts: bool = False
+    max_slots: int | None = None
+    may_move_cache: tuple[bool, ...] = (False,)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Memory that every plan takes."""
+        return self.scratch_bytes + OVERHEAD_BYTES
+
+    @property
+    def smallest_dense(self) -> DensePlan:
+        """The way of the dense weights that takes least memory."""
+        return min(self.dense, key=lambda dense: dense.memory_bytes)
+
+    @property
+    def most_slots(self) -> int:
+        """Slots beyond which none is of use, or allowed."""
+        num_experts = sum(self.spec.experts_L)
+        return min(num_experts, self.max_slots or num_experts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """``cache_bytes`` and ``activation_bytes``: memory that it takes besides weights; ``disk_cache_bytes``: caches there."""
+
+    group: GroupShape
+    cache_on_disk: bool
+    cache_bytes: int
+    disk_cache_bytes: int
+    activation_bytes: int
+
+    @property
+    def working_bytes(self) -> int:
+        """Memory of the rows that run."""
+        return self.cache_bytes + self.activation_bytes
+
+    def least_bytes(self, model: PipelineModel, dense: DensePlan) -> int:
+        """Memory with a single slot."""
+        return self.working_bytes + dense.memory_bytes + model.fixed_bytes + model.slot_bytes
+
+
+def candidates(model: PipelineModel, workload: Workload, only: Sequence[tuple[int, int]] | None) -> Iterator[Candidate]:
+    """All of them, whether they fit or not. ``only``: (batch size, batches) to choose among."""
+    tokens_of: dict[int, CacheTokens] = {}
+    longest = max(workload.total_tokens)
+    for group in _groups(model, workload, only):
+        size = group.batch_size
+        if size not in tokens_of:
+            tokens_of[size] = CacheTokens.of(workload.prompt_tokens, workload.total_tokens, size)
+        activation_bytes = model.activation.pass_bytes(
+            batch_size=size,
+            num_batches=group.num_batches,
+            chunk_tokens=group.chunk_tokens,
+            context_tokens=longest,
+            pass_tokens=group.pass_tokens,
+        )
+        in_memory = tokens_of[size].bytes_in(model.cache, group.max_rows)
+        left = tokens_of[size].bytes_in(model.cache.on_disk(), group.max_rows)
+        moved = tokens_of[size].most(group.max_rows) * model.cache.movable_bytes_per_token
+        for on_disk in model.may_move_cache:
+            yield Candidate(
+                group=group,
+                cache_on_disk=on_disk,
+                cache_bytes=left if on_disk else in_memory,
+                disk_cache_bytes=moved if on_disk else 0,
+                activation_bytes=activation_bytes,
+            )
+
+
+def _groups(model: PipelineModel, workload: Workload, only: Sequence[tuple[int, int]] | None) -> Iterator[GroupShape]:
+    """Batch sizes and numbers of batches that the requests fill, chunks, and caps on the prompt tokens of a pass."""
+    count, longest = workload.num_requests, max(workload.prompt_tokens)
+    chunks = [longest] if model.whole_prompts else sorted({min(chunk, longest) for chunk in CHUNK_TOKENS})
+    pairs = only or [(size, n) for size in BATCH_SIZES for n in NUM_BATCHES]
+    sizes = [(min(size, count), n) for size, n in pairs]
+    for size, n in sorted({(size, min(n, math.ceil(count / size))) for size, n in sizes}):
+        for chunk in chunks:
+            everything = size * n * chunk
+            for tokens in sorted({min(everything, max(cap, size * chunk)) for cap in PASS_TOKENS}):
+                yield GroupShape(batch_size=size, num_batches=n, chunk_tokens=chunk, pass_tokens=tokens)
