@@ -26,6 +26,7 @@ BENCHMARKS = MappingProxyType(
         "offload-alike": "poise.bench.offload.like_for_like",
         "offload-llama": "poise.bench.offload.llama",
         "offload-planner": "poise.bench.offload.planner",
+        "place": "poise.bench.place.run",
         "prefetch": "poise.bench.prefetch",
         "prefetch-engine": "poise.bench.prefetch_engine",
         "reader": "poise.bench.reader",

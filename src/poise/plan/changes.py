@@ -76,29 +76,49 @@ def best_copy(layer: Layer, table: CostTable, limits: Limits) -> Change:
     """
     slowest = int(np.argmax(layer.seconds_R))
     best = Change(-1, -1, -1, -1, layer.seconds_R[slowest] * (1.0 - LEAST_GAIN_FRAC))
+    return _copy_away(layer, table, limits, slowest, _copy_elsewhere(layer, table, limits, slowest, best))
+
+
+@compiled
+def _copy_elsewhere(layer: Layer, table: CostTable, limits: Limits, slowest: int, best: Change) -> Change:
     first = slowest // limits.ranks_per_node * limits.ranks_per_node
     slots_per_rank = limits.slots_per_rank
-    for slot in range(first * slots_per_rank, (first + limits.ranks_per_node) * slots_per_rank):
-        old, rank = layer.slot_S[slot], slot // slots_per_rank
+    for own_slot in range(slowest * slots_per_rank, (slowest + 1) * slots_per_rank):
+        new = layer.slot_S[own_slot]
+        before, after = layer.load_E[new] / layer.copies_E[new], layer.load_E[new] / (layer.copies_E[new] + 1)
+        copies = layer.holds_ER[new, slowest]
+        tokens = layer.tokens_R[slowest] - copies * (before - after)
+        active = layer.active_R[slowest] - copies * (active_of(before) - active_of(after))
+        least_s = rank_s(table, slowest, tokens, active)
+        for slot in range(first * slots_per_rank, (first + limits.ranks_per_node) * slots_per_rank):
+            if least_s >= best.worst_s:
+                break
+            old, rank = layer.slot_S[slot], slot // slots_per_rank
+            if (
+                rank == slowest
+                or layer.copies_E[old] < 2
+                or layer.holds_ER[new, rank] >= limits.most_alike
+                or new == old
+            ):
+                continue
+            worst_s = _after_copy(layer, table, limits, slot, new, best.worst_s)
+            if worst_s < best.worst_s:
+                best = Change(slot, new, -1, -1, worst_s)
+    return best
+
+
+@compiled
+def _copy_away(layer: Layer, table: CostTable, limits: Limits, slowest: int, best: Change) -> Change:
+    for slot in range(slowest * limits.slots_per_rank, (slowest + 1) * limits.slots_per_rank):
+        old = layer.slot_S[slot]
         if layer.copies_E[old] < 2:
             continue
-        if rank == slowest:
-            for new in range(len(layer.load_E)):
-                if (
-                    layer.node_E[new] == layer.node_E[old]
-                    and layer.holds_ER[new, rank] < limits.most_alike
-                    and new != old
-                ):
-                    worst_s = _after_copy(layer, table, limits, slot, new, best.worst_s)
-                    if worst_s < best.worst_s:
-                        best = Change(slot, new, -1, -1, worst_s)
-        else:
-            for other_slot in range(slowest * slots_per_rank, (slowest + 1) * slots_per_rank):
-                new = layer.slot_S[other_slot]
-                if layer.holds_ER[new, rank] < limits.most_alike and new != old:
-                    worst_s = _after_copy(layer, table, limits, slot, new, best.worst_s)
-                    if worst_s < best.worst_s:
-                        best = Change(slot, new, -1, -1, worst_s)
+        for new in range(len(layer.load_E)):
+            near = layer.node_E[new] == layer.node_E[old] and new != old
+            if near and layer.holds_ER[new, slowest] < limits.most_alike:
+                worst_s = _after_copy(layer, table, limits, slot, new, best.worst_s)
+                if worst_s < best.worst_s:
+                    best = Change(slot, new, -1, -1, worst_s)
     return best
 
 
@@ -217,7 +237,7 @@ def repair_layers(
             worst_s = layer.seconds_R.max()
             if worst_s <= target_L[index]:
                 break
-            swap, copy = best_swap(layer, table, limits, True), best_copy(layer, table, limits)
+            swap, copy = best_swap(layer, table, limits, False), best_copy(layer, table, limits)
             swap_gain = (worst_s - max(swap.worst_s, target_L[index])) / 2 if swap.slot >= 0 else 0.0
             copy_gain = worst_s - max(copy.worst_s, target_L[index]) if copy.slot >= 0 else 0.0
             if max(swap_gain, copy_gain) <= 0.0:
