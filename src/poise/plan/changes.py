@@ -115,7 +115,8 @@ def _copy_away(layer: Layer, table: CostTable, limits: Limits, slowest: int, bes
             continue
         for new in range(len(layer.load_E)):
             near = layer.node_E[new] == layer.node_E[old] and new != old
-            if near and layer.holds_ER[new, slowest] < limits.most_alike:
+            lighter = layer.load_E[new] * layer.copies_E[old] < layer.load_E[old] * (layer.copies_E[new] + 1)
+            if near and lighter and layer.holds_ER[new, slowest] < limits.most_alike:
                 worst_s = _after_copy(layer, table, limits, slot, new, best.worst_s)
                 if worst_s < best.worst_s:
                     best = Change(slot, new, -1, -1, worst_s)
@@ -192,13 +193,18 @@ def _sum_up(layer: Layer, table: CostTable, limits: Limits, rank: int) -> None:
 
 @compiled
 def improve_layer(layer: Layer, table: CostTable, limits: Limits, target_s: float, most_changes: int) -> int:
-    """Changes until the layer is at ``target_s``, or none helps, or there were ``most_changes``; returns how many.
+    """Changes until the layer is at ``target_s``, or none helps (much), or there were ``most_changes``; returns how many.
 
     Swaps first: they disturb two ranks only. A copy is replaced where no swap helps.
     """
     throughput = (1.0 / table.slowness_R).sum()
+    patience, earlier_s = max(8, len(layer.seconds_R) // 2), np.inf
     for count in range(most_changes):
         worst_s = layer.seconds_R.max()
+        if count % patience == 0:
+            if worst_s > earlier_s * (1.0 - EVEN_FRAC):
+                return count
+            earlier_s = worst_s
         even_s = (layer.seconds_R / table.slowness_R).sum() / throughput
         if worst_s <= max(target_s, even_s * (1.0 + EVEN_FRAC)):
             return count
