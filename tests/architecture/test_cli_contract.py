@@ -25,6 +25,10 @@ FLAGS = {
     "demo": "--json",
     "profile": "--output --report --json",
     "record": "--prompts --output --table --max-tokens --memory --json",
+    "place": (
+        "--trace --machine --ranks --slots-per-rank --shape --current --max-moves --format --first-layer --num-layers "
+        "--output --report --json"
+    ),
     "bench": "--output --json",
 }
 
@@ -116,6 +120,29 @@ def test_the_command_line_starts_without_torch() -> None:
         (["profile", "--report", "."], "is not a regular file; name a file to write"),
         (["profile", "--output", "same", "--report", "same"], "name the same file same; give two names"),
         (["profile", "none", "--output", "machine.json"], "no such model directory: none"),
+        (["place", "--trace", "t"], "Missing option '--machine'"),
+        (
+            ["place", "--trace", "t", "--machine", "h300", "--ranks", "8"],
+            "neither a file nor one of h100, h200, one-slow",
+        ),
+        (["place", "--trace", "t", "--machine", "h200", "--ranks", "0"], "--ranks is 0; it must be at least 1"),
+        (["place", "--trace", "t", "--machine", "h200", "--ranks", "8"], "choose one with --shape: 2048x512:bfloat16"),
+        (
+            ["place", "--trace", "t", "--machine", "h200", "--ranks", "8", "--shape", "1x1:bfloat16"],
+            "--shape '1x1:bfloat16' is none of the machine's",
+        ),
+        (
+            ["place", "--trace", "t", "--machine", "h200", "--ranks", "8", "--shape", "2048x768:bfloat16"],
+            "statistics t do not exist",
+        ),
+        (
+            ["place", "--trace", "t", "--machine", "h200", "--ranks", "8", "--format", "vllm"],
+            "format 'vllm' is not known",
+        ),
+        (
+            ["place", "--trace", "t", "--machine", "h200", "--ranks", "8", "--output", "none/p.json"],
+            "does not exist; create it",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], complaint: str) -> None:

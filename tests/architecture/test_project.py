@@ -42,4 +42,6 @@ def test_every_table_of_commands_matches_the_command_line() -> None:
     helped = subprocess.run(
         [sys.executable, "-m", "poise", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert shown == {command for command in ("demo", "generate", "profile", "record", "bench") if command in helped}
+    assert shown == {
+        command for command in ("demo", "generate", "profile", "record", "place", "bench") if command in helped
+    }

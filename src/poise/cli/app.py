@@ -228,6 +228,86 @@ def record(
     )
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "poise place --trace trace.safetensors --machine h200 --shape 2048x768:bfloat16 --ranks 8 --output placement.json\n\n"
+    "poise place --trace /tmp/expert_distribution_recorder_17.pt --machine machine.json --ranks 8 --slots-per-rank 33 "
+    "--current old.json --max-moves 50 --format sglang --output new.json --report new.html",
+)
+def place(
+    trace: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            help="Recorded statistics: a routing trace, the vLLM plug-in's log, a dump of SGLang's recorder (.pt; one --trace "
+            "for each rank's file, or their folder), or TensorRT-LLM's folder.",
+        ),
+    ],
+    machine: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="h100, h200, spread-7, spread-22, one-slow, or a machine file.")
+    ],
+    ranks: Annotated[int, typer.Option(metavar="R", help="Expert-parallel ranks, one on each device of the machine.")],
+    slots_per_rank: Annotated[
+        int | None, typer.Option(metavar="S", help="Experts of a layer that a rank holds, replicas included.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="HxI:DTYPE", help="Which of the machine's curves, such as 4096x1536:bfloat16."),
+    ] = None,
+    current: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The placement now, in any of the formats; else contiguous, moves not counted."
+        ),
+    ] = None,
+    max_moves: Annotated[
+        int | None, typer.Option(metavar="N", help="Most experts to move to another rank, all layers together.")
+    ] = None,
+    file_format: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="poise|sglang|trtllm", help="Of --output: placement.json, SGLang's, TensorRT-LLM's."
+        ),
+    ] = "poise",
+    first_layer: Annotated[
+        int | None, typer.Option(metavar="N", help="First layer with experts, where statistics (vLLM's) do not say.")
+    ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(metavar="N", help="Layers of the model, for SGLang; else up to the last with experts.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the placement to this file.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw time per layer and device, before and after, on this HTML page."),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Places experts so that unequal devices finish each layer together, from recorded statistics and measured curves.
+
+    Prints the predicted time of the experts in a mean step now, planned, token-balanced and at best, the moves, and whether the
+    gain is above its noise.
+    """
+    from poise.cli.place import PlaceOptions, run_place
+
+    run_place(
+        PlaceOptions(
+            traces=tuple(trace),
+            machine=machine,
+            ranks=ranks,
+            slots_per_rank=slots_per_rank,
+            shape=shape,
+            current=current,
+            max_moves=max_moves,
+            file_format=file_format,
+            first_layer=first_layer,
+            num_layers=num_layers,
+            output=output,
+            report=report,
+            json_output=json_output,
+        )
+    )
+
+
 @app.command(epilog="Example: poise bench reader --output benchmarks/results")
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Which benchmark.")],
