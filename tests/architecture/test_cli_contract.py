@@ -23,7 +23,7 @@ FLAGS = {
         "--timeline --temperature --top-p --top-k --seed --stop --ignore-eos --json"
     ),
     "demo": "--json",
-    "profile": "--output --report --json",
+    "profile": "--merge --output --report --json",
     "record": "--prompts --output --table --max-tokens --memory --json",
     "place": (
         "--trace --machine --ranks --slots-per-rank --shape --current --max-moves --format --first-layer --num-layers "
@@ -120,6 +120,9 @@ def test_the_command_line_starts_without_torch() -> None:
         (["profile", "--report", "."], "is not a regular file; name a file to write"),
         (["profile", "--output", "same", "--report", "same"], "name the same file same; give two names"),
         (["profile", "none", "--output", "machine.json"], "no such model directory: none"),
+        (["profile", "a", "b"], "2 models are given; profile one, or put machine files together with --merge"),
+        (["profile", "--merge", "bad.jsonl"], "machine file bad.jsonl is not JSON"),
+        (["profile", "--merge"], "0 machine files are given; two or more can be put together"),
         (["place", "--trace", "t"], "Missing option '--machine'"),
         (
             ["place", "--trace", "t", "--machine", "h300", "--ranks", "8"],

@@ -174,13 +174,26 @@ def demo(json_output: Json = False) -> None:
     run_demo(json_output=json_output)
 
 
-@app.command(epilog="Example: poise profile ./OLMoE-1B-7B --output machine.json --report machine.html")
+@app.command(
+    epilog="Examples:\n\n"
+    "poise profile ./OLMoE-1B-7B --output machine.json --report machine.html\n\n"
+    "poise profile --merge gpu0.json gpu1.json --output machine.json",
+)
 def profile(
     model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="Checkpoint whose shapes to measure; else those of common models."),
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL|FILE...",
+            help="Checkpoint whose shapes to measure, else those of common models; with --merge machine files.",
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the machine to this JSON file.")] = None,
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="Put machine files of single devices together, and show how far they are apart."),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the machine to this JSON file.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the curves on this HTML page.")] = None,
     json_output: Json = False,
 ) -> None:
@@ -189,9 +202,14 @@ def profile(
     Each figure is a median; ± is its 95 % interval, followed by ? where time was up before it was within 5 %. With fewer
     than 6 runs there is none.
     """
-    from poise.cli.profile import run_profile
+    if merge:
+        from poise.cli.merge import run_merge
 
-    run_profile(model=model, output=output, report=report, json_output=json_output)
+        run_merge(files=model or (), output=output, report=report, json_output=json_output)
+        return
+    from poise.cli.profile import only_model, run_profile
+
+    run_profile(model=only_model(model or ()), output=output, report=report, json_output=json_output)
 
 
 @app.command(epilog="Example: poise record ./OLMoE-1B-7B --prompts in.jsonl --output trace.safetensors --memory 4GiB")

@@ -55,6 +55,13 @@ def run_profile(
             _say(f"wrote {path}")
 
 
+def only_model(models: Sequence[str]) -> str | None:
+    """The model to profile. Raises UsageError for more than one."""
+    if len(models) > 1:
+        raise UsageError(f"{len(models)} models are given; profile one, or put machine files together with --merge")
+    return models[0] if models else None
+
+
 def _measured(model: str | None, effort: Effort | None) -> Profile:
     from poise.profile.progress import progress_bar
 
