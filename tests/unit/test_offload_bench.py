@@ -71,12 +71,13 @@ def flat_products() -> ReferenceProducts:
 
 
 def test_tokens_per_second_count_every_sequence_s_new_tokens_over_the_whole_run() -> None:
-    assert outcome([]).tokens_per_s == pytest.approx(4 * 3 / 10.0)
+    assert outcome([one_pass(tokens=4)]).tokens_per_s == pytest.approx(4 * 3 / 10.0)
 
 
 def test_decode_is_every_full_pass_but_the_first() -> None:
     passes = [one_pass(tokens=2), one_pass(tokens=4), one_pass(tokens=4, seconds=2.0), one_pass(tokens=3)]
-    assert decode_passes(passes, 4) == [passes[2]]
+    assert decode_passes(passes) == [passes[2]]
+    assert decode_passes([]) == []
 
 
 def test_limits_come_from_the_recorded_passes_and_shrink_with_the_caches() -> None:
@@ -117,6 +118,7 @@ def test_a_result_has_its_share_of_the_limit_its_bubbles_and_its_memory_beside_t
     assert memory(facts) == "2.00/2.50, 1.50/2.00"
     assert bubbles(facts) == "1.50 s compute wait", "a bubble of a thousandth is not worth a line"
     assert shares(passes)["limit_seconds"] == pytest.approx(1.5)
+    assert shares(passes)["tokens"] == 4
 
 
 def row(name: str, sequences: int, tokens_per_s: float) -> dict[str, Any]:
@@ -185,6 +187,9 @@ def test_forced_plans_lie_around_the_planned_one() -> None:
     assert VARIANTS_OF_PLANS["kv-other"](PLAN).options == {"kv_on_disk": True}
     assert VARIANTS_OF_PLANS["ahead-quarter-of-slots"](PLAN).options == {"ahead": 10}
     alone = replace(PLAN, num_batches=1)
+    assert VARIANTS_OF_PLANS["bs-double"](alone).is_as(alone, 16), "there are no more sequences"
+    assert VARIANTS_OF_PLANS["ahead-1"](replace(PLAN, ahead=1)).is_as(replace(PLAN, ahead=1), 128)
+    assert not VARIANTS_OF_PLANS["ahead-1"](PLAN).is_as(PLAN, 128)
     assert VARIANTS_OF_PLANS["rows-half"](alone).group == (8, 1), "one batch can only shrink"
 
 

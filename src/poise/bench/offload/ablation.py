@@ -59,8 +59,8 @@ def _measure(contenders: Contenders, part: str, steps: int) -> dict[str, Any]:
         kv_on_disk=False,
         **options,
     )
-    decode = shares(decode_passes(outcome.detail["passes"], outcome.sequences))
-    decode["tokens_per_s"] = outcome.sequences / decode["pass_s"]
+    decode = shares(decode_passes(outcome.detail["passes"]))
+    decode["tokens_per_s"] = decode["tokens"] / decode["pass_s"]
     say(f"  {name}: {decode['tokens_per_s']:.2f} tokens/s")
     return {"name": name, "decode": decode, "poise": as_json(outcome)}
 

@@ -66,8 +66,9 @@ class Contenders:
         )
         assert not isinstance(child, str), "nothing was to be set"
         answer = answer_of(child, "Poise")
-        decode = decode_passes(answer["passes"], sequences)
-        missing = max(0, new_tokens - 1 - steps) if steps is not None else 0
+        decode = decode_passes(answer["passes"])
+        is_whole = answer["generated_tokens"] == sequences * new_tokens
+        missing = 0 if steps is None or is_whole else new_tokens - 1 - steps
         step_s = fmean(each["seconds"] for each in decode) if decode else None
         if self.products is not None:
             trace = RoutingTrace.load(routing)
@@ -232,9 +233,10 @@ def llama_model(directory: Path) -> Path:
     return target
 
 
-def decode_passes(passes: Sequence[dict[str, Any]], sequences: int) -> list[dict[str, Any]]:
-    """The passes in which every sequence gets a token, and no prompt is computed: all but the first of those."""
-    return [each for each in passes if each["tokens"] == sequences][1:]
+def decode_passes(passes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The passes in which all rows that run at once get a token: all but the first of those, which may be a prompt's."""
+    most = max((each["tokens"] for each in passes), default=0)
+    return [each for each in passes if each["tokens"] == most][1:]
 
 
 def add_limits(

@@ -55,8 +55,10 @@ def _measure(contenders: Contenders, sequences: int, steps: int | None) -> dict[
     say(line(ours))
     facts = as_json(ours)
     result: dict[str, Any] = {"sequences": sequences, "poise": facts}
-    decode = shares(decode_passes(ours.detail["passes"], sequences))
-    result["decode"] = decode | {"limit_frac": decode["limit_seconds"] / decode["pass_s"]}
+    decode = shares(decode_passes(ours.detail["passes"]))
+    decode["limit_frac"] = decode["limit_seconds"] / decode["pass_s"]
+    decode["tokens_per_s"] = decode["tokens"] / decode["pass_s"]
+    result["decode"] = decode
     if sequences in COMPARED:
         theirs = contenders.accelerate(
             **given,
@@ -68,8 +70,9 @@ def _measure(contenders: Contenders, sequences: int, steps: int | None) -> dict[
         say(line(theirs))
         if isinstance(theirs, str):
             return result | {"remark": theirs}
+        assert theirs.step_s is not None, "an outcome of Accelerate's has a decode step"
         result["accelerate"] = as_json(theirs)
-        result["ratio"] = (theirs.step_s or 0.0) / decode["pass_s"]
+        result["ratio"] = decode["tokens_per_s"] * theirs.step_s / sequences
         if theirs.step_bytes is not None and decode["limit_fewest_bytes"]:
             result["ceiling"] = theirs.step_bytes / decode["limit_fewest_bytes"]
     return result
@@ -77,7 +80,16 @@ def _measure(contenders: Contenders, sequences: int, steps: int | None) -> dict[
 
 def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table("sequences", title=f"Decode, like for like; {SETTING}")
-    for column in ("pass s", "limit s", "of the limit", "pass/limit", "limit: disk s", "compute s", "disk busy s"):
+    for column in (
+        "pass s",
+        "tokens/s",
+        "limit s",
+        "of the limit",
+        "pass/limit",
+        "limit: disk s",
+        "compute s",
+        "disk busy s",
+    ):
         table.add_column(column, justify="right")
     for column in ("Accelerate s", "ratio", "ceiling", "read / fewest GB", "peak/limit, added/budget GB"):
         table.add_column(column, justify="right")
@@ -87,6 +99,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_row(
             str(result["sequences"]),
             f"{decode['pass_s']:.2f}",
+            f"{decode['tokens_per_s']:.2f}",
             f"{decode['limit_seconds']:.2f}",
             f"{decode['limit_frac']:.0%}",
             f"{1 / decode['limit_frac']:.2f}",

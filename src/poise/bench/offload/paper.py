@@ -155,7 +155,7 @@ def _table(results: Mapping[str, Mapping[str, Any]], *, title: str, is_long: boo
             str(row["sequences"]),
             f"{row['tokens_per_s']:.2f}",
             f"{row['prefill_s']:.1f}",
-            f"{row['step_s']:.2f}",
+            f"{row['step_s']:.2f}" if row["step_s"] is not None else "?",
             extrapolated(row),
             f"{row['limit_frac']:.0%}" if "limit_frac" in row else "",
             f"{ratio['ratio']:.1f}x" if ratio else "",

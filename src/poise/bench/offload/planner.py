@@ -51,6 +51,11 @@ class Forced:
     group: tuple[int, int]
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def is_as(self, plan: Planned, sequences: int) -> bool:
+        """Whether nothing differs from the plan for so many sequences."""
+        group = min(self.group[0], sequences), self.group[1]
+        return group == (plan.batch_size, plan.num_batches) and self.options in ({}, {"ahead": plan.ahead})
+
 
 Variant = Callable[[Planned], Forced]
 
@@ -94,7 +99,7 @@ def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), st
         done.run({part: partial(_measure, contenders, done, part, steps) for part in PARTS})
         results = done.results()
         summary = {workload: ratios(results, workload) for workload in WORKLOADS}
-        tables = [_table(results, workload, summary[workload]) for workload in WORKLOADS]
+        tables = [_table(results, workload, summary[workload]) for workload in WORKLOADS if summary[workload]]
         finish(NAME, limits, {"parts": results, "ratios": summary}, tables, output=output, json_output=json_output)
     done.raise_if_failed()
 
@@ -122,7 +127,7 @@ def _measure(contenders: Contenders, done: Parts, part: str, steps: int | None) 
     if name in VARIANTS:
         plan = planned_of(done.results(), workload)
         forced = VARIANTS[name](plan)
-        if not forced.options and (min(forced.group[0], sequences), forced.group[1]) == _group(plan):
+        if forced.is_as(plan, sequences):
             return {"name": name, "forced": {}, "remark": "as planned"}
         sequences = min(sequences, forced.group[0] * forced.group[1])
         options = {"groups": [list(forced.group)], **forced.options}
@@ -135,8 +140,8 @@ def _measure(contenders: Contenders, done: Parts, part: str, steps: int | None) 
             raise
         say(f"  {name}: does not fit")
         return {"name": name, "forced": options, "remark": "does not fit"}
-    decode = shares(decode_passes(outcome.detail["passes"], sequences))
-    rates = {"decode_tokens_per_s": sequences / decode["pass_s"], "tokens_per_s": outcome.tokens_per_s}
+    decode = shares(decode_passes(outcome.detail["passes"]))
+    rates = {"decode_tokens_per_s": decode["tokens"] / decode["pass_s"], "tokens_per_s": outcome.tokens_per_s}
     say(f"  {name}: {rates['decode_tokens_per_s']:.2f} tokens/s in decode, {rates['tokens_per_s']:.2f} in all")
     facts = as_json(outcome)
     ran = facts.pop("detail")["plan"]

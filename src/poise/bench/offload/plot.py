@@ -35,8 +35,10 @@ def read_series(results: Mapping[str, Any]) -> list[Series]:
     decode = [(part["sequences"], part["decode"]) for part in parts]
     theirs = [(part["sequences"], part["accelerate"]) for part in parts if "accelerate" in part]
     return [
-        _series("limit of disk and products", [(count, count / each["limit_seconds"]) for count, each in decode]),
-        _series("Poise", [(count, count / each["pass_s"]) for count, each in decode]),
+        _series(
+            "limit of disk and products", [(count, each["tokens"] / each["limit_seconds"]) for count, each in decode]
+        ),
+        _series("Poise", [(count, each["tokens"] / each["pass_s"]) for count, each in decode]),
         _series("transformers + Accelerate", [(count, count / each["step_s"]) for count, each in theirs]),
     ]
 

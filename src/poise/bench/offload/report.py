@@ -63,11 +63,11 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 def shares(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Where the time of passes went, in seconds a pass: computing, disk busy, and every bubble by its name; and their limit."""
     count = len(passes)
-    if not count:
-        return {}
+    assert count, "there is no pass to say something of"
     names = sorted({name for each in passes for name in each["bubbles_s"]})
     facts: dict[str, Any] = {
         "passes_counted": count,
+        "tokens": sum(each["tokens"] for each in passes) / count,
         "pass_s": sum(each["seconds"] for each in passes) / count,
         "computing_s": sum(each["computing_s"] for each in passes) / count,
         "disk_busy_s": sum(each["disk_busy_s"] for each in passes) / count,
