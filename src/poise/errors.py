@@ -7,7 +7,10 @@
     │   ├── MachineError        a description of a machine, or what it does not describe
     │   ├── TraceError          a file of recorded routing: a trace, an engine's statistics, a correlation table
     │   ├── PlacementError      a placement of experts or its file, or what one is asked of: loads, ranks, slots, groups
+    │   ├── RanksError          ranks of one job that do not meet, or do not run the same thing
     │   └── BudgetError         the memory budget; carries the smallest that works
+    ├── RankLostError       a rank of the job died, stalled or gave up: all ranks end
+    ├── PassAbandonedError  a rank gave a pass up, and all ranks have left it; the group goes on
     └── ReadError           the disk failed while weights were being read
 
 Our own invariants are ``assert`` with a message, not exceptions of this tree.
@@ -53,12 +56,31 @@ class PlacementError(UsageError):
     """Loads, slots, groups, or a placement of experts that do not go together, or a placement file that is damaged."""
 
 
+class RanksError(UsageError):
+    """Ranks that were not started as one job, do not meet, or differ in checkpoint, versions, placement or options.
+
+    Where ranks differ, every rank raises the same message; rank 0 alone need print it.
+    """
+
+
 class BudgetError(UsageError):
     """A memory budget in which the job does not fit. ``smallest_bytes`` is the smallest that works."""
 
     def __init__(self, message: str, *, smallest_bytes: int) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
+
+
+class RankLostError(PoiseError):
+    """A rank died, stalled or gave up. The same message on all ranks; ``is_speaker``: this rank is the one to print it."""
+
+    def __init__(self, message: str, *, is_speaker: bool) -> None:
+        super().__init__(message)
+        self.is_speaker = is_speaker
+
+
+class PassAbandonedError(PoiseError):
+    """A rank gave a pass up. All ranks have left it at the same layer, and can begin another."""
 
 
 class ReadError(PoiseError):

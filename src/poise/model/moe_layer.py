@@ -47,12 +47,13 @@ def run_experts(
     The experts they chose must have been requested from the store. ``layer`` is what the timeline calls this one.
     """
     module = parked[0].module
-    hidden_TH = _joined([entry.hidden_TH for entry in parked])
-    index_TK = _joined([entry.top_k_index_TK for entry in parked])
-    weights_TK = _joined([entry.top_k_weights_TK for entry in parked])
+    hidden_TH = joined([entry.hidden_TH for entry in parked])
+    index_TK = joined([entry.top_k_index_TK for entry in parked])
+    weights_TK = joined([entry.top_k_weights_TK for entry in parked])
     num_experts: int = module.num_experts  # type: ignore[assignment]
     tokens, top_k = index_TK.shape
-    choice_P = _choices(index_TK, real, [len(entry.hidden_TH) for entry in parked], num_experts)
+    choice_TK = real_choices_TK(index_TK, real, [len(entry.hidden_TH) for entry in parked], num_experts)
+    choice_P = choice_TK.reshape(-1)
     order_P = choice_P.argsort(stable=True)
     ends = torch.bincount(choice_P, minlength=num_experts + 1).cumsum(0).tolist()
     begin_of = {expert: ends[expert - 1] if expert else 0 for expert in range(num_experts)}
@@ -82,18 +83,23 @@ def _padded(pairs: torch.Tensor, dtype: torch.dtype, weights: Weights) -> torch.
     return torch.nn.functional.pad(pairs, (0, more), value=int(pairs[0])) if more else pairs
 
 
-def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All rows, one batch below the other; a single batch is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def _choices(
+def real_choices_TK(
     index_TK: torch.Tensor, real: Sequence[torch.Tensor | None], tokens: Sequence[int], num_experts: int
 ) -> torch.Tensor:
-    """Every choice's expert, flat; ``num_experts`` where the token is padding or the router masked the choice."""
+    """Every choice's expert; ``num_experts`` where the token is padding or the router masked the choice.
+
+    ``tokens``: how many each batch has.
+    """
     choice_TK = index_TK.clamp(max=num_experts)
     if any(mask is not None for mask in real):
         whole = [
-            mask if mask is not None else torch.ones(n, dtype=torch.bool) for mask, n in zip(real, tokens, strict=True)
+            mask if mask is not None else torch.ones(n, dtype=torch.bool, device=index_TK.device)
+            for mask, n in zip(real, tokens, strict=True)
         ]
         choice_TK = choice_TK.masked_fill(~torch.cat(whole)[:, None], num_experts)
-    return choice_TK.reshape(-1)
+    return choice_TK

@@ -1,0 +1,113 @@
+"""Tokens to the ranks that have their experts, and the experts' outputs back: one all-to-all there, one back.
+
+A message is a row of bytes: hidden state, the experts wanted of the receiver, their routing weights. How many rows come is
+told first, with what ranks must agree on at each layer: where they are, and that nobody gives up. Letters as in
+``parallel.routes``; H hidden, M rows received.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from poise.errors import PassAbandonedError
+from poise.parallel.group import RankGroup
+from poise.parallel.routes import Routes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Received:
+    """Rows from rank 0, then from rank 1, ...: ``received_R`` of each. ``experts_MK`` int64, E for "not yours".
+
+    ``waited_s``: from the own arrival to that of the last rank. ``nbytes``: of rows sent to other ranks.
+    """
+
+    hidden_MH: torch.Tensor
+    experts_MK: torch.Tensor
+    weights_MK: torch.Tensor
+    received_R: tuple[int, ...]
+    waited_s: float
+    nbytes: int
+
+
+class TokenExchange:
+    """The exchanges of one rank. All ranks call ``dispatch``, then ``combine``, layer by layer, with tokens or without.
+
+    ``dtype``: of the hidden states, also on the way back.
+    """
+
+    def __init__(self, group: RankGroup, *, hidden: int, top_k: int, dtype: torch.dtype) -> None:
+        self._group = group
+        self._hidden, self._top_k, self._dtype = hidden, top_k, dtype
+        self._row_bytes = -(-(8 * top_k + hidden * dtype.itemsize) // 8) * 8
+
+    def nothing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states, choices and weights of no token."""
+        device = self._group.device
+        hidden_TH = torch.empty(0, self._hidden, dtype=self._dtype, device=device)
+        choice_TK = torch.empty(0, self._top_k, dtype=torch.int64, device=device)
+        return hidden_TH, choice_TK, torch.empty(0, self._top_k, device=device)
+
+    def dispatch(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, routes: Routes, *, layer: int) -> Received:
+        """Sends every row to where ``routes`` says and returns those that came. Weights travel, and arrive, in fp32.
+
+        Raises PassAbandonedError on every rank when one has called ``abandon`` instead.
+        """
+        received_R, waited_s = self._headers(routes.sent_R, layer, gives_up=False)
+        rows = sum(received_R)
+        came = torch.empty(rows, self._row_bytes, dtype=torch.uint8, device=self._group.device)
+        self._group.all_to_all(came, self._packed(hidden_TH, weights_TK, routes), received_R, routes.sent_R)
+        top_k, begin = self._top_k, 8 * self._top_k // self._dtype.itemsize
+        return Received(
+            hidden_MH=came.view(self._dtype)[:, begin : begin + self._hidden],
+            experts_MK=came.view(torch.int32)[:, :top_k].long(),
+            weights_MK=came.view(torch.float32)[:, top_k : 2 * top_k],
+            received_R=received_R,
+            waited_s=waited_s,
+            nbytes=(sum(routes.sent_R) - routes.sent_R[self._group.rank]) * self._row_bytes,
+        )
+
+    def combine(self, partial_MH: torch.Tensor, received: Received, routes: Routes, *, tokens: int) -> torch.Tensor:
+        """Returns each row's outputs to its owner, who adds them up by rank, in fp32: shape (tokens, H) in ``dtype``."""
+        back_NH = torch.empty(len(routes.token_N), self._hidden, dtype=self._dtype, device=self._group.device)
+        self._group.all_to_all(back_NH, partial_MH.contiguous(), routes.sent_R, received.received_R)
+        output_TH = torch.zeros(tokens, self._hidden, device=self._group.device)
+        for token_N, row_NH in zip(token_pieces(routes), torch.split(back_NH, list(routes.sent_R)), strict=True):
+            output_TH.index_add_(0, token_N, row_NH.float())  # each token at most once in a call: in the order of ranks
+        return output_TH.to(self._dtype)
+
+    def abandon(self, *, layer: int) -> None:
+        """Joins the layer's dispatch only to say that this rank gives the pass up, so that all leave it here."""
+        self._headers((0,) * self._group.num_ranks, layer, gives_up=True)
+
+    def _headers(self, sent_R: tuple[int, ...], layer: int, *, gives_up: bool) -> tuple[tuple[int, ...], float]:
+        """How many rows come from each rank, and how long this one waited to hear it."""
+        one_each = [1] * self._group.num_ranks
+        told = torch.tensor([[rows, layer, gives_up] for rows in sent_R], device=self._group.device)
+        heard = torch.empty_like(told)
+        began_s = perf_counter()
+        self._group.all_to_all(heard, told, one_each, one_each)
+        rows_R, layer_R, gives_up_R = zip(*heard.tolist(), strict=True)
+        waited_s = perf_counter() - began_s
+        if any(gives_up_R):
+            raise PassAbandonedError(f"rank {gives_up_R.index(1)} gave the pass up at MoE layer {layer}")
+        assert set(layer_R) == {layer}, f"ranks stand at different MoE layers: {layer_R}"
+        return rows_R, waited_s
+
+    def _packed(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """Rows of bytes: experts (int32), weights (fp32), hidden state."""
+        top_k, begin = self._top_k, 8 * self._top_k // self._dtype.itemsize
+        assert hidden_TH.dtype == self._dtype, f"hidden states are {hidden_TH.dtype}, not {self._dtype}"
+        assert weights_TK.shape[1] == top_k, f"{weights_TK.shape[1]} choices a token, not {top_k}"
+        rows = torch.empty(len(routes.token_N), self._row_bytes, dtype=torch.uint8, device=self._group.device)
+        rows.view(torch.int32)[:, :top_k].copy_(routes.experts_NK)
+        rows.view(torch.float32)[:, top_k : 2 * top_k].copy_(weights_TK[routes.token_N])
+        rows.view(self._dtype)[:, begin : begin + self._hidden].copy_(hidden_TH[routes.token_N])
+        return rows
+
+
+def token_pieces(routes: Routes) -> tuple[torch.Tensor, ...]:
+    """``token_N`` by destination."""
+    return torch.split(routes.token_N, list(routes.sent_R))

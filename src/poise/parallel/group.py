@@ -1,0 +1,201 @@
+"""The ranks of a job as one group: they meet, compare what they run, exchange tensors, and end together.
+
+``torch.distributed`` carries everything: NCCL between GPUs, Gloo between CPUs, by the same calls. Waiting for an exchange
+lets Ctrl-C through and ends when a rank is lost (``parallel.watch``). A rank that leaves with an error says so first, so that
+the others end at once and with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from poise.errors import RankLostError
+from poise.parallel.handshake import shake_hands, wait_for_keys
+from poise.parallel.launch import Launch
+from poise.parallel.watch import Patience, Watch
+
+logger = logging.getLogger(__name__)
+
+_SLICE = timedelta(milliseconds=200)
+"""How long a wait keeps signals and verdicts waiting."""
+
+
+class RankGroup:
+    """This rank among the others. A context manager; one at a time in a process, opened on the main thread.
+
+    ``facts``: what all ranks must have in common (``handshake.facts_of``). Raises RanksError where they do not, or do not meet.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        facts: Mapping[str, str],
+        *,
+        patience: Patience | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._patience = patience = patience or Patience()
+        self.rank, self.num_ranks = launch.rank, launch.num_ranks
+        self.device = device or torch.device("cpu")
+        self._launch = launch
+        self._store = launch.connect(timeout_s=patience.start_s)
+        self._told_to_end = False
+        self._watch: Watch | None = None
+        try:
+            shake_hands(self._store, self.rank, self.num_ranks, facts, timeout_s=patience.start_s)
+            self._handler = signal.signal(signal.SIGTERM, self._on_terminate)
+            own = self._store.clone()  # type: ignore[attr-defined]  # a connection of its own, for its own thread
+            self._watch = Watch(own, self.rank, self.num_ranks, patience)
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        self._backend = "nccl" if self.device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(
+                self._backend,
+                store=PrefixStore("collectives", self._store),
+                rank=self.rank,
+                world_size=self.num_ranks,
+                timeout=timedelta(seconds=4 * self._patience.behind_s),  # the watch is there to end waits, and says why
+                device_id=self.device if self._backend == "nccl" else None,
+            )
+        except RuntimeError as error:
+            raise self._watching.explain(_first_line(error)) from None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which collects results and speaks for all."""
+        return self.rank == 0
+
+    @property
+    def _watching(self) -> Watch:
+        assert self._watch is not None, "the group is closed"
+        return self._watch
+
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_R: Sequence[int], sent_R: Sequence[int]
+    ) -> None:
+        """Rows of ``sent`` go to ranks 0, 1, ... in pieces of ``sent_R`` rows; ``received`` is filled likewise."""
+        self._enter()
+        try:
+            work = dist.all_to_all_single(received, sent, list(received_R), list(sent_R), async_op=True)
+        except RuntimeError as error:
+            raise self._watching.explain(_first_line(error)) from None
+        self._wait(work)
+
+    def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """Everybody's tensor of one shape, stacked along a new first dimension: shape (R, *mine.shape)."""
+        self._enter()
+        gathered = [torch.empty_like(mine) for _ in range(self.num_ranks)]
+        try:
+            work = dist.all_gather(gathered, mine, async_op=True)
+        except RuntimeError as error:
+            raise self._watching.explain(_first_line(error)) from None
+        self._wait(work)
+        return torch.stack(gathered)
+
+    def open_channel(self) -> Channel:
+        """All ranks at once: a process group of its own, for one other thread."""
+        return Channel(dist.new_group(backend=self._backend, timeout=timedelta(seconds=4 * self._patience.behind_s)))
+
+    def _enter(self) -> None:
+        self.check()
+        self._watching.enter()
+
+    def _wait(self, work: dist.Work) -> None:
+        if self._backend == "nccl":
+            work.wait()  # orders streams; the host does not wait here
+            self._watching.leave()
+            return
+        while True:
+            was_completed = work.is_completed()
+            try:
+                work.wait(_SLICE)
+            except RuntimeError as error:
+                if was_completed:
+                    raise self._watching.explain(_first_line(error)) from None
+                self.check()
+            else:
+                self._watching.leave()
+                return
+
+    def check(self) -> None:
+        """Raises RankLostError if the job is lost or this process was told to end. Every exchange begins with it."""
+        self._watching.raise_if_lost()
+        if self._told_to_end:
+            if self._watching.find_lost(2 * self._patience.suspicion_s):
+                self._watching.raise_if_lost()
+            raise RankLostError(f"rank {self.rank} was told to end (SIGTERM)", is_speaker=False)
+
+    def close(self, reason: str | None = None) -> None:
+        """Leaves the group. ``reason``: why this rank gives up; the others then end with it. Safe to call twice.
+
+        The rank that keeps the store leaves last.
+        """
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return
+        if reason is not None:
+            watch.judge(f"rank {self.rank} gave up: {reason}; all ranks end")
+        watch.close()
+        signal.signal(signal.SIGTERM, self._handler)
+        if self._launch.keeps_store:
+            patience = self._patience
+            others = [f"gone/{other}" for other in range(self.num_ranks) if other != self.rank]
+            wait_for_keys(self._store, others, timeout_s=patience.suspicion_s if watch.is_lost else patience.leave_s)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(None if error is None or isinstance(error, RankLostError) else _said(error))
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        """``torchrun`` ends all ranks so when one has died: the waits find out which."""
+        self._told_to_end = True
+
+
+class Channel:
+    """Tensors from rank to rank on a thread of their own. Blocking; RuntimeError when the other side is gone."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+
+    def send(self, tensor: torch.Tensor, rank: int) -> None:
+        """Returns when the tensor may be overwritten."""
+        _finish(dist.isend(tensor, group=self._group, group_dst=rank), tensor)
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> None:
+        """Fills the tensor with what ``rank`` sends."""
+        _finish(dist.irecv(tensor, group=self._group, group_src=rank), tensor)
+
+
+def _finish(work: dist.Work | None, tensor: torch.Tensor) -> None:
+    assert work is not None, "this rank is in the group"
+    work.wait()
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+
+
+def _said(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,84 @@
+"""Before ranks compute together they compare what they run: one that differs is refused, by the same message everywhere.
+
+It goes through the store, not through collectives, so that ranks of different versions of torch can still tell each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+
+import torch
+import transformers
+from torch.distributed.distributed_c10d import Store
+
+import poise
+from poise.errors import RanksError
+from poise.spec.placement import Placement
+
+REMEDIES = {
+    "checkpoint": "give every rank the same MODEL",
+    "placement": "give every rank the same placement",
+    "poise": "install one version on every machine",
+    "torch": "install one version on every machine",
+    "transformers": "install one version on every machine",
+}
+_POLL_S = 0.02
+
+
+def facts_of(fingerprint: str, placement: Placement, options: Mapping[str, object]) -> dict[str, str]:
+    """What ranks must have in common: checkpoint, versions, placement, and the options of the run by name."""
+    return {
+        "checkpoint": fingerprint,
+        "poise": poise.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "placement": hashlib.sha256(json.dumps(placement.to_json()).encode()).hexdigest()[:12],
+        **{name: str(value) for name, value in options.items()},
+    }
+
+
+def shake_hands(store: Store, rank: int, num_ranks: int, facts: Mapping[str, str], *, timeout_s: float) -> None:
+    """Returns when all ranks have shown the same facts. Raises RanksError, on every rank the same one, for the lowest rank
+    that differs from rank 0 or has not come within ``timeout_s``."""
+    store.set(f"hello/{rank}", json.dumps(dict(facts)))
+    deadline = time.monotonic() + timeout_s
+    first: dict[str, str] = {}
+    for other in range(num_ranks):
+        theirs: dict[str, str] = json.loads(_await(store, f"hello/{other}", deadline, other, timeout_s))
+        first = first or theirs
+        difference = _difference(first, theirs, other)
+        if difference is not None:
+            store.set(f"read/{rank}", "yes")
+            wait_for_keys(store, [f"read/{each}" for each in range(num_ranks)], timeout_s=min(timeout_s, 5.0))
+            raise RanksError(difference)
+
+
+def wait_for_keys(store: Store, keys: list[str], *, timeout_s: float) -> bool:
+    """Waits until all keys are set, in steps that let Ctrl-C through; False after ``timeout_s``, or if the store is gone."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not store.check(keys):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _await(store: Store, key: str, deadline: float, rank: int, timeout_s: float) -> str:
+    if not wait_for_keys(store, [key], timeout_s=deadline - time.monotonic()):
+        raise RanksError(f"rank {rank} has not joined within {timeout_s:g} s; start all ranks, on every machine")
+    value: bytes = store.get(key)
+    return value.decode()
+
+
+def _difference(first: Mapping[str, str], theirs: Mapping[str, str], rank: int) -> str | None:
+    for name in {**first, **theirs}:
+        if first.get(name) != theirs.get(name):
+            remedy = REMEDIES.get(name, "give every rank the same options")
+            return f"rank {rank} has {name} {theirs.get(name)}, rank 0 has {first.get(name)}; {remedy}"
+    return None

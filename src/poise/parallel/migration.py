@@ -1,0 +1,140 @@
+"""Experts move between ranks while passes go on: a thread brings them, layer by layer, and ranks switch between two passes.
+
+Every rank works through the same changes in the same order. A change has arrived on a rank when the experts that the rank gets
+lie in spare slots; when it has arrived on all of them, all switch over before the same pass, and the slots of experts that left
+become the spare ones. Exchanges run in a process group of their own, so that the computing thread never waits for one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from poise.parallel.changes import Arrival, LayerChange, changes_between, ranks_of
+from poise.parallel.group import Channel, RankGroup
+from poise.parallel.rank_experts import RankExperts
+from poise.spec.placement import Placement
+
+
+class Migration:
+    """The moves of one rank. ``begin``, ``arrived`` and ``switch`` belong to the computing thread."""
+
+    def __init__(self, group: RankGroup, experts: RankExperts, placement: Placement) -> None:
+        self._rank = group.rank
+        self._num_ranks = group.num_ranks
+        self._channel: Channel = group.open_channel()
+        self._experts = experts
+        self.placement = placement
+        """What ranks compute with now."""
+        self._changes: tuple[LayerChange, ...] = ()
+        self._arrived = self._switched = 0
+        self._bytes = 0
+        self._error: Exception | None = None
+        self._has_changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name=f"poise-migration-{self._rank}", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the last placement asked for is in force."""
+        return self._switched == len(self._changes)
+
+    @property
+    def moved_bytes(self) -> int:
+        """What this rank has received or read so far."""
+        return self._bytes
+
+    @property
+    def arrived(self) -> int:
+        """How many changes have arrived here; ranks agree on the smallest of these. Raises what broke the transfer."""
+        if self._error is not None:
+            raise self._error
+        return self._arrived
+
+    def begin(self, after: Placement, *, from_disk: bool = False) -> int:
+        """All ranks at once: starts towards a placement. Returns the number of layers that change."""
+        assert self.is_idle, "a migration is under way"
+        with self._has_changed:
+            self._changes = changes_between(self.placement, after, from_disk=from_disk)
+            self._arrived = self._switched = 0
+            self._has_changed.notify_all()
+        return len(self._changes)
+
+    def switch(self, agreed: int) -> Sequence[LayerChange]:
+        """Between two passes, on all ranks before the same one: ``agreed`` changes in all are now in force.
+
+        Returns the new ones among them.
+        """
+        assert self._switched <= agreed <= self._arrived, f"{agreed} changes agreed on, {self._arrived} have arrived"
+        new = self._changes[self._switched : agreed]
+        with self._has_changed:
+            for change in new:
+                self._switch_layer(change)
+            self._switched = agreed
+            self._has_changed.notify_all()
+        if new:
+            rows_LS = self.placement.slot_to_expert_LS.copy()
+            for change in new:
+                rows_LS[change.layer] = change.slot_to_expert_S
+            old = self.placement
+            self.placement = Placement(
+                slot_to_expert_LS=rows_LS, layers=old.layers, num_experts=old.num_experts, ranks=old.ranks
+            )
+        return new
+
+    def close(self) -> None:
+        """Ends the thread; a transfer that waits for a rank ends with the process group."""
+        with self._has_changed:
+            self._closed = True
+            self._has_changed.notify_all()
+        self._thread.join(timeout=1.0)
+
+    def _switch_layer(self, change: LayerChange) -> None:
+        stays = ranks_of(change.slot_to_expert_S, self._num_ranks)[self._rank]
+        for expert in set(self._experts.layer(change.layer)) - stays:
+            self._experts.dismiss((change.layer, expert))
+        for arrival in self._mine(change):
+            self._experts.admit((change.layer, arrival.expert))
+
+    def _mine(self, change: LayerChange) -> list[Arrival]:
+        return [arrival for arrival in change.arrivals if arrival.to_rank == self._rank]
+
+    def _work(self) -> None:
+        while True:
+            with self._has_changed:
+                while not self._closed and self._arrived == len(self._changes):
+                    self._has_changed.wait()
+                if self._closed:
+                    return
+                change = self._changes[self._arrived]
+                mine = self._mine(change)
+                while not self._closed and self._experts.num_free < len(mine):
+                    self._has_changed.wait()
+                if self._closed:
+                    return
+                runs = {arrival.expert: self._experts.reserve((change.layer, arrival.expert)) for arrival in mine}
+            try:
+                self._bring(change, runs)
+            except Exception as error:  # noqa: BLE001 - carried to the computing thread
+                self._error = error
+                return
+            with self._has_changed:
+                self._arrived += 1
+
+    def _bring(self, change: LayerChange, runs: dict[int, torch.Tensor]) -> None:
+        """This rank's part of the change's transfers, in the order that all ranks keep."""
+        from_disk = []
+        for arrival in change.arrivals:
+            key = (change.layer, arrival.expert)
+            if arrival.to_rank == self._rank:
+                self._bytes += runs[arrival.expert].nbytes
+                if arrival.from_rank is None:
+                    from_disk.append(key)
+                else:
+                    self._channel.receive(runs[arrival.expert], arrival.from_rank)
+            elif arrival.from_rank == self._rank:
+                self._channel.send(self._experts.run(key), arrival.to_rank)
+        self._experts.read(from_disk)

@@ -1,0 +1,150 @@
+"""One MoE layer over all ranks: tokens to their experts, each expert once, outputs back to their owners.
+
+It takes the place of ``model.moe_layer.run_experts`` over a store of one's own: parked batches in, their outputs out. All
+ranks come to every layer, those without tokens with none. Sums do not depend on the order in which anything arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import nn
+
+from poise.model.layout import Weights
+from poise.model.moe_layer import joined, real_choices_TK, run_experts
+from poise.model.seam import Parked
+from poise.parallel.exchange import Received, TokenExchange
+from poise.parallel.rank_experts import RankExperts
+from poise.parallel.routes import Copies, route
+from poise.spec.timeline import Timeline
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRecord:
+    """What a rank did in one MoE layer of one pass. Seconds and bytes are this rank's own.
+
+    ``routed_tokens``: (token, expert) pairs it computed; ``active_experts``: how many experts they met. ``compute_s``: that
+    took. ``waited_s``: for the last rank to arrive with its tokens. ``sent_bytes``: of tokens to other ranks, one way.
+    """
+
+    layer: int
+    routed_tokens: int
+    active_experts: int
+    compute_s: float
+    waited_s: float
+    total_s: float
+    sent_bytes: int
+
+
+class ExpertParallelLayers:
+    """The MoE layers of one rank. ``modules_L``: the experts modules; ``copies_L``: who has which expert, layer by layer."""
+
+    def __init__(
+        self,
+        modules_L: Sequence[nn.Module],
+        experts: RankExperts,
+        exchange: TokenExchange,
+        copies_L: Sequence[Copies],
+        *,
+        rank: int,
+    ) -> None:
+        assert len(modules_L) == len(copies_L), "a layer without a placement"
+        self._modules_L = modules_L
+        self._experts = experts
+        self._exchange = exchange
+        self.copies_L = list(copies_L)
+        self._rank = rank
+        self.records: list[LayerRecord] = []
+        """Of all layers since whoever reads them last cleared the list."""
+
+    def run(
+        self,
+        parked: Sequence[Parked],
+        real: Sequence[torch.Tensor | None],
+        *,
+        layer: int,
+        timeline: Timeline | None = None,
+    ) -> list[torch.Tensor]:
+        """The experts' outputs for every parked batch, shapes as their hidden states; none for no batch.
+
+        Raises RankLostError when a rank is lost, PassAbandonedError when one gives the pass up.
+        """
+        began_s = perf_counter()
+        tokens = [len(entry.hidden_TH) for entry in parked]
+        hidden_TH, choice_TK, weights_TK = self._joined(parked, real)
+        routes = route(choice_TK, self.copies_L[layer], source_rank=self._rank)
+        received = self._exchange.dispatch(hidden_TH, weights_TK, routes, layer=layer)
+        partial_MH, pairs, active, compute_s = self._compute(received, layer, timeline)
+        output_TH = self._exchange.combine(partial_MH, received, routes, tokens=sum(tokens))
+        self.records.append(
+            LayerRecord(
+                layer=layer,
+                routed_tokens=pairs,
+                active_experts=active,
+                compute_s=compute_s,
+                waited_s=received.waited_s,
+                total_s=perf_counter() - began_s,
+                sent_bytes=received.nbytes,
+            )
+        )
+        return list(torch.split(output_TH, tokens)) if tokens else []
+
+    def abandon(self, layer: int) -> None:
+        """In place of ``run``: gives the pass up, so that all ranks leave it at this layer. Raises PassAbandonedError."""
+        self._exchange.abandon(layer=layer)
+
+    def _joined(
+        self, parked: Sequence[Parked], real: Sequence[torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All batches' hidden states, choices (as many as there are experts where there is none) and weights."""
+        if not parked:
+            return self._exchange.nothing()
+        num_experts: int = parked[0].module.num_experts  # type: ignore[assignment]
+        index_TK = joined([entry.top_k_index_TK for entry in parked])
+        choice_TK = real_choices_TK(index_TK, real, [len(entry.hidden_TH) for entry in parked], num_experts)
+        return (
+            joined([entry.hidden_TH for entry in parked]),
+            choice_TK,
+            joined([entry.top_k_weights_TK for entry in parked]),
+        )
+
+    def _compute(
+        self, received: Received, layer: int, timeline: Timeline | None
+    ) -> tuple[torch.Tensor, int, int, float]:
+        """This rank's part of the outputs of the rows that came, how many pairs and experts that took, and how long."""
+        began_s = perf_counter()
+        module = self._modules_L[layer]
+        held = self._experts.layer(layer)
+        num_experts: int = module.num_experts  # type: ignore[assignment]
+        if not len(received.hidden_MH):
+            return received.hidden_MH, 0, 0, perf_counter() - began_s
+        experts_MK, place_MK = received.experts_MK.sort(dim=1)
+        counts_E = torch.bincount(experts_MK.flatten(), minlength=num_experts + 1)[:num_experts]
+        active = counts_E.nonzero().flatten().tolist()
+        most = int((experts_MK < num_experts).sum(dim=1).max())
+        entry = Parked(
+            module=module,
+            hidden_TH=received.hidden_MH,
+            top_k_index_TK=experts_MK[:, :most],
+            top_k_weights_TK=received.weights_MK.gather(1, place_MK)[:, :most],
+        )
+        (partial_MH,) = run_experts(_InTurn(held, active), [entry], [None], layer=layer, timeline=timeline)
+        return partial_MH, int(counts_E.sum()), len(active), perf_counter() - began_s
+
+
+class _InTurn:
+    """Experts that are all in memory, handed out by number."""
+
+    def __init__(self, held: Mapping[int, Weights], active: Sequence[int]) -> None:
+        missing = [expert for expert in active if expert not in held]
+        assert not missing, f"tokens came for experts {missing}, which are not here"
+        self._experts = iter([(expert, held[expert]) for expert in active])
+
+    def take(self) -> tuple[int, Weights]:
+        return next(self._experts)
+
+    def release(self, expert: int) -> None:
+        """It stays where it is."""
