@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch.distributed.distributed_c10d import Store
 
-import poise
 from poise.errors import RanksError
 from poise.spec.placement import Placement
 
@@ -28,11 +27,11 @@ REMEDIES = {
 _POLL_S = 0.02
 
 
-def facts_of(fingerprint: str, placement: Placement, options: Mapping[str, object]) -> dict[str, str]:
-    """What ranks must have in common: checkpoint, versions, placement, and the options of the run by name."""
+def facts_of(fingerprint: str, placement: Placement, *, version: str, options: Mapping[str, object]) -> dict[str, str]:
+    """What ranks must have in common: checkpoint, versions (``version``: of Poise), placement, the options of the run."""
     return {
         "checkpoint": fingerprint,
-        "poise": poise.__version__,
+        "poise": version,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "placement": hashlib.sha256(json.dumps(placement.to_json()).encode()).hexdigest()[:12],
