@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -93,6 +94,7 @@ def _run(target: Callable[..., Any], launch: Launch, directory: Path, arguments:
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
     try:
         result = target(launch, *arguments)
     except PoiseError as error:
