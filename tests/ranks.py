@@ -23,7 +23,7 @@ import torch
 from poise.errors import PoiseError, RankLostError, UsageError
 from poise.parallel.launch import Launch
 
-PRELOAD = ["tests.ranks", "poise.parallel.migration", "poise.parallel.moe_layer"]
+PRELOAD = ["tests.ranks", "poise.engine.parallel_llm"]
 
 
 def free_port() -> int:

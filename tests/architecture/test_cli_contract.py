@@ -20,7 +20,7 @@ POISE = (sys.executable, "-m", "poise")
 FLAGS = {
     "generate": (
         "--prompts --output --resume --overwrite --max-tokens --memory --device --dtype --quantize --machine "
-        "--timeline --temperature --top-p --top-k --seed --stop --ignore-eos --json"
+        "--timeline --temperature --top-p --top-k --seed --stop --ignore-eos --expert-parallel --balance --json"
     ),
     "demo": "--json",
     "profile": "--merge --output --report --json",

@@ -68,7 +68,7 @@ def send(rank: int, number: int) -> Callable[[Ranks], None]:
     return disturb
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_rank_that_is_killed_ends_all_with_one_message_that_names_it(rank: int, tmp_path: Path) -> None:
     """Rank 0 keeps the store: the others notice when it is gone."""
     ranks, codes = run_to_the_end(tmp_path, {}, send(rank, signal.SIGKILL))
@@ -82,6 +82,7 @@ def test_a_rank_that_is_killed_ends_all_with_one_message_that_names_it(rank: int
         assert "rank 2 has died or is frozen" in line
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_is_named_and_ends_when_it_wakes(tmp_path: Path) -> None:
     def freeze_for_a_while(ranks: Ranks) -> None:
         send(1, signal.SIGSTOP)(ranks)
@@ -114,6 +115,7 @@ def test_ctrl_c_on_one_rank_ends_all(tmp_path: Path) -> None:
     assert codes == [1, 130, 1]
 
 
+@pytest.mark.slow
 def test_when_a_launcher_ends_the_others_the_message_still_names_who_died(tmp_path: Path) -> None:
     """As torchrun does: SIGTERM to all that are left as soon as one has died."""
 

@@ -22,7 +22,7 @@ import typer
 
 from poise.cli.app import app
 from poise.cli.generate import Interrupted
-from poise.errors import PoiseError, UsageError
+from poise.errors import PoiseError, RankLostError, UsageError
 
 __all__ = ["main"]
 
@@ -72,6 +72,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _complain(_with_help_hint(error), 2)
     except UsageError as error:
         return _complain(str(error), 2)
+    except RankLostError as error:
+        return _complain(str(error), 1) if error.is_speaker else 1
     except PoiseError as error:
         return _complain(str(error), 1)
     except Interrupted as stop:

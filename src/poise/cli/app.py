@@ -101,13 +101,21 @@ TopK = Annotated[int | None, typer.Option(metavar="K", help="Choose among the K 
 Seed = Annotated[int | None, typer.Option(metavar="S", help="Makes a sampled text repeat.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End a text before this string; repeatable.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Generate on after the end-of-sequence token.")]
+ExpertParallel = Annotated[
+    bool,
+    typer.Option(
+        "--expert-parallel", help="One rank of several that share the experts; start it with torchrun on each."
+    ),
+]
+Balance = Annotated[str, typer.Option(metavar="static", help="Where experts lie: static (as every engine starts).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
 @app.command(
     epilog="Examples:\n\n"
     'poise generate ./OLMoE-1B-7B "The capital of France is" --max-tokens 32\n\n'
-    "poise generate ./Mixtral-8x7B --prompts in.jsonl --output out.jsonl --memory 16GiB --resume",
+    "poise generate ./Mixtral-8x7B --prompts in.jsonl --output out.jsonl --memory 16GiB --resume\n\n"
+    "torchrun --nproc-per-node 2 -m poise generate ./OLMoE-1B-7B --prompts in.jsonl --expert-parallel",
 )
 def generate(
     model: Model,
@@ -129,6 +137,8 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
+    expert_parallel: ExpertParallel = False,
+    balance: Balance = "static",
     json_output: Json = False,
 ) -> None:
     """Continues texts with a model whose experts are streamed from disk under a memory budget.
@@ -162,6 +172,8 @@ def generate(
             timeline=timeline,
             sampling=sampling,
             json_output=json_output,
+            expert_parallel=expert_parallel,
+            balance=balance,
         )
     )
 

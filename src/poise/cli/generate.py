@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from poise.cli.expert_parallel import BALANCES, call_off, follow, this_launch
 from poise.cli.output import ResultFile, fingerprint, finished_results, output_line, writable_file
 from poise.cli.progress import Bar, PlainLines, say
 from poise.cli.prompts import PromptRequest, place_of, read_requests
-from poise.engine.request import QUANTIZATIONS, Progress, RequestOutput
+from poise.engine.request import QUANTIZATIONS, Progress, Prompt, RequestOutput
 from poise.engine.sampling import SamplingParams
 from poise.errors import PromptError, UsageError
 from poise.report.bubbles import time_shares
@@ -30,6 +31,8 @@ from poise.units import format_bytes, format_s, parse_bytes
 
 if TYPE_CHECKING:
     from poise.engine.llm import LLM
+    from poise.engine.parallel_llm import ParallelLLM
+    from poise.parallel.launch import Launch
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
@@ -54,6 +57,8 @@ class GenerateOptions:
     timeline: Path | None
     sampling: SamplingParams
     json_output: bool
+    expert_parallel: bool = False
+    balance: str = "static"
 
     def check(self) -> None:
         """Raises UsageError for what contradicts itself."""
@@ -63,6 +68,10 @@ class GenerateOptions:
             raise UsageError("--resume and --overwrite are about an output file; name it with --output")
         if self.quantize not in QUANTIZATIONS:
             raise UsageError(f"quantize {self.quantize!r} is not supported; choose one of {', '.join(QUANTIZATIONS)}")
+        if self.balance not in BALANCES:
+            raise UsageError(f"balance {self.balance!r} is not supported; choose one of {', '.join(BALANCES)}")
+        if self.expert_parallel and (self.quantize != "none" or self.timeline is not None):
+            raise UsageError("--quantize and --timeline do not go with --expert-parallel yet; leave them out")
         if self.memory != "auto":
             parse_bytes(self.memory)
         if self.timeline is not None:
@@ -72,14 +81,20 @@ class GenerateOptions:
 def run_generate(options: GenerateOptions) -> None:
     """Runs the command. Raises UsageError, ReadError or Interrupted."""
     options.check()
+    launch = this_launch() if options.expert_parallel else None
+    if launch is not None and launch.rank > 0:
+        follow(launch, lambda at: _open_ranks(options, at, None))
+        return
     requests = read_requests(options.prompts, options.prompt_file, options.sampling)
     if options.output is None:
-        _generate(options, requests, None)
+        _generate(options, requests, None, launch)
         return
     heads = [request.head(index) for index, request in enumerate(requests)]
     identity = _identity(options, requests, heads)
     done = finished_results(options.output, heads, identity) if options.resume else None
     if done is not None:
+        if launch is not None:
+            call_off(launch)
         unknown = (
             "" if done.is_same_run else "; the file does not say of which model and sampling: compared were the prompts"
         )
@@ -91,7 +106,7 @@ def run_generate(options: GenerateOptions) -> None:
         options.output, total=len(requests), identity=identity, resume=options.resume, overwrite=options.overwrite
     ) as results:
         try:
-            _generate(options, requests, results)
+            _generate(options, requests, results, launch)
             results.finish()
         except KeyboardInterrupt:
             raise Interrupted(_what_is_kept(results, options)) from None
@@ -119,39 +134,42 @@ def _identity(
     }
 
 
-def _generate(options: GenerateOptions, requests: Sequence[PromptRequest], file: ResultFile | None) -> None:
+def _generate(
+    options: GenerateOptions, requests: Sequence[PromptRequest], file: ResultFile | None, launch: Launch | None
+) -> None:
     """Generates what `file` does not hold yet, shows it, and leaves the terminal tidy whatever happens."""
     finished = file.finished if file is not None else frozenset()
     pending = [index for index in range(len(requests)) if index not in finished]
     view = _View(requests, pending, file, prints=file is None and not options.json_output)
+    view.streams &= launch is None
     plan = stats = None
     if pending:
         try:
-            view.bar.show(f"loading {options.model}", done=len(finished), now_s=0.0)
             from poise.engine.llm import LLM
 
+            view.bar.show(f"loading {options.model}", done=len(finished), now_s=0.0)
             asked = [(requests[index].for_engine(), requests[index].sampling) for index in pending]
-            with LLM(
-                options.model,
-                memory=options.memory,
-                device=options.device,
-                dtype=options.dtype,
-                quantize=options.quantize,
-                machine=options.machine,
-                on_made=view.on_made,
-                expected=asked,
-            ) as llm:
+            sampling = [sampling for _, sampling in asked]
+            with _open(options, asked, view) if launch is None else _open_ranks(options, launch, view) as llm:
                 view.bar.clear()
                 _say_header(llm.describe())
                 timeline = None if options.timeline is None else Timeline()
-                llm.generate(
-                    [prompt for prompt, _ in asked],
-                    [sampling for _, sampling in asked],
-                    on_text=view.on_text if view.streams else None,
-                    on_result=view.on_result,
-                    on_progress=view.on_progress,
-                    timeline=timeline,
-                )
+                if isinstance(llm, LLM):
+                    llm.generate(
+                        [prompt for prompt, _ in asked],
+                        sampling,
+                        on_text=view.on_text if view.streams else None,
+                        on_result=view.on_result,
+                        on_progress=view.on_progress,
+                        timeline=timeline,
+                    )
+                else:
+                    llm.generate(
+                        [prompt for prompt, _ in asked],
+                        sampling,
+                        on_result=view.on_result,
+                        on_progress=view.on_progress,
+                    )
                 stats, plan = _stats(llm), llm.describe()
         except PromptError as error:
             raise _placed(error, pending, options.prompt_file) from None
@@ -162,6 +180,33 @@ def _generate(options: GenerateOptions, requests: Sequence[PromptRequest], file:
             _write_timeline(options.timeline, timeline)
     if options.json_output:
         _print_json(list(file.lines()) if file is not None else view.held(), stats, plan)
+
+
+def _open(options: GenerateOptions, asked: Sequence[tuple[Prompt, SamplingParams]], view: _View) -> LLM:
+    from poise.engine.llm import LLM
+
+    return LLM(
+        options.model,
+        memory=options.memory,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        machine=options.machine,
+        on_made=view.on_made,
+        expected=asked,
+    )
+
+
+def _open_ranks(options: GenerateOptions, launch: Launch, view: _View | None) -> ParallelLLM:
+    from poise.engine.parallel_llm import ParallelLLM
+
+    return ParallelLLM(
+        options.model,
+        launch,
+        memory=options.memory,
+        dtype=options.dtype,
+        on_loaded=None if view is None else view.on_loaded,
+    )
 
 
 def _write_timeline(path: Path, timeline: Timeline) -> None:
@@ -217,6 +262,11 @@ class _View:
         message = f"rounding experts to 4 bits, {done:,} of {total:,}"
         self.bar.show(message, done=len(self.requests) * done / total, now_s=time.monotonic() - self._began_s)
 
+    def on_loaded(self, done: int, total: int) -> None:
+        """This rank's experts are being read."""
+        message = f"reading experts, {done:,} of {total:,}"
+        self.bar.show(message, done=len(self.requests) * done / total, now_s=time.monotonic() - self._began_s)
+
     def on_result(self, output: RequestOutput) -> None:
         index = self.pending[output.index]
         line = output_line(self.requests[index].head(index), output)
@@ -262,7 +312,7 @@ def _say_header(plan: Mapping[str, object]) -> None:
     say(", ".join(facts))
 
 
-def _stats(llm: LLM) -> dict[str, Any]:
+def _stats(llm: LLM | ParallelLLM) -> dict[str, Any]:
     """What the run took, for the summary and --json."""
     progress = llm.last_progress
     assert progress is not None, "the engine has generated"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from poise.engine.batch import Batch, Row
 from poise.engine.request import Progress
-from poise.engine.runner import Runner
+from poise.engine.runner import ForwardInputs
 from poise.model.cache import make_cache, needs_equal_rows
+from poise.offload.kv_stream import KvStream
 from poise.plan.group import GroupShape
 
 OnText = Callable[[int, str], None]
@@ -31,12 +32,42 @@ class Listeners:
     on_logits: OnLogits | None = None
 
 
+class Counters(Protocol):
+    """Experts that were in memory when asked for, those that were not, and bytes read from disk, so far."""
+
+    hits: int
+    misses: int
+    bytes_read: int
+
+
+class Counted(Protocol):
+    """Where experts are, and what was read and found there."""
+
+    @property
+    def counters(self) -> Counters: ...
+
+
+class PassRunner(Protocol):
+    """What runs the passes: ``engine.runner`` with experts streamed, ``engine.parallel_runner`` with experts on many ranks.
+
+    ``store``: where the experts of this process are. ``kv``: whose caches lie on disk; None: they are in memory.
+    """
+
+    model: Any
+    kv: KvStream | None
+
+    @property
+    def store(self) -> Counted: ...
+
+    def run(self, group: Sequence[ForwardInputs]) -> list[torch.Tensor]: ...
+
+
 class Loop:
     """Runs rows to their end, grouped as planned. Longest prompts go first; rows of like length share a batch."""
 
     def __init__(
         self,
-        runner: Runner,
+        runner: PassRunner,
         group: GroupShape,
         rows: Sequence[Row],
         *,

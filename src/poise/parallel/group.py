@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import FrameType, TracebackType
@@ -105,6 +106,36 @@ class RankGroup:
             raise self._watching.explain(_first_line(error)) from None
         self._wait(work)
         return torch.stack(gathered)
+
+    def put(self, key: str, value: str) -> None:
+        """Leaves a text for another rank in the store. Not for much: all of it goes through one process."""
+        self._store.set(f"text/{key}", value)
+
+    def take(self, key: str) -> str:
+        """Takes a text that another rank has left, out of the store."""
+        value: bytes = self._store.get(f"text/{key}")
+        self._store.delete_key(f"text/{key}")
+        return value.decode()
+
+    def hear(self, key: str) -> str:
+        """Waits for a text that rank 0 puts for all, as long as it takes. Raises RankLostError."""
+        while not wait_for_keys(self._store, [f"text/{key}"], timeout_s=_SLICE.total_seconds()):
+            self.check()
+        value: bytes = self._store.get(f"text/{key}")
+        return value.decode()
+
+    def meet(self, what: str) -> None:
+        """Waits for all ranks to come to the same point, as long as for their start. Raises RankLostError."""
+        self._store.set(f"{what}/{self.rank}", "yes")
+        deadline_s = time.monotonic() + self._patience.start_s
+        for other in range(self.num_ranks):
+            while not wait_for_keys(self._store, [f"{what}/{other}"], timeout_s=_SLICE.total_seconds()):
+                self.check()
+                if time.monotonic() > deadline_s:
+                    self._watching.judge(
+                        f"rank {other} is not {what} within {self._patience.start_s:g} s; all ranks end"
+                    )
+                    self.check()
 
     def open_channel(self) -> Channel:
         """All ranks at once: a process group of its own, for one other thread."""

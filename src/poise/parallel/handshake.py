@@ -15,6 +15,7 @@ import transformers
 from torch.distributed.distributed_c10d import Store
 
 from poise.errors import RanksError
+from poise.parallel.launch import Launch
 from poise.spec.placement import Placement
 
 REMEDIES = {
@@ -25,6 +26,11 @@ REMEDIES = {
     "transformers": "install one version on every machine",
 }
 _POLL_S = 0.02
+_CALLED_OFF = "called off"
+
+
+class CalledOff(Exception):  # noqa: N818 - it is no error
+    """Rank 0 has nothing to do: the others may go."""
 
 
 def facts_of(fingerprint: str, placement: Placement, *, version: str, options: Mapping[str, object]) -> dict[str, str]:
@@ -41,18 +47,28 @@ def facts_of(fingerprint: str, placement: Placement, *, version: str, options: M
 
 def shake_hands(store: Store, rank: int, num_ranks: int, facts: Mapping[str, str], *, timeout_s: float) -> None:
     """Returns when all ranks have shown the same facts. Raises RanksError, on every rank the same one, for the lowest rank
-    that differs from rank 0 or has not come within ``timeout_s``."""
+    that differs from rank 0 or has not come within ``timeout_s``; CalledOff where rank 0 has nothing to do."""
     store.set(f"hello/{rank}", json.dumps(dict(facts)))
     deadline = time.monotonic() + timeout_s
     first: dict[str, str] = {}
     for other in range(num_ranks):
         theirs: dict[str, str] = json.loads(_await(store, f"hello/{other}", deadline, other, timeout_s))
         first = first or theirs
+        if _CALLED_OFF in theirs:
+            store.set(f"read/{rank}", "yes")
+            raise CalledOff
         difference = _difference(first, theirs, other)
         if difference is not None:
             store.set(f"read/{rank}", "yes")
             wait_for_keys(store, [f"read/{each}" for each in range(num_ranks)], timeout_s=min(timeout_s, 5.0))
             raise RanksError(difference)
+
+
+def call_off(launch: Launch, *, timeout_s: float) -> None:
+    """On rank 0, in place of joining: tells the others, who may be starting yet, that there is nothing to do."""
+    store = launch.connect(timeout_s=timeout_s)
+    store.set("hello/0", json.dumps({_CALLED_OFF: "yes"}))
+    wait_for_keys(store, [f"read/{other}" for other in range(1, launch.num_ranks)], timeout_s=timeout_s)
 
 
 def wait_for_keys(store: Store, keys: list[str], *, timeout_s: float) -> bool:

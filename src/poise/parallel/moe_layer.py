@@ -53,7 +53,7 @@ class ExpertParallelLayers:
     ) -> None:
         assert len(modules_L) == len(copies_L), "a layer without a placement"
         self._modules_L = modules_L
-        self._experts = experts
+        self.experts = experts
         self._exchange = exchange
         self.copies_L = list(copies_L)
         self._rank = rank
@@ -117,7 +117,7 @@ class ExpertParallelLayers:
         """This rank's part of the outputs of the rows that came, how many pairs and experts that took, and how long."""
         began_s = perf_counter()
         module = self._modules_L[layer]
-        held = self._experts.layer(layer)
+        held = self.experts.layer(layer)
         num_experts: int = module.num_experts  # type: ignore[assignment]
         if not len(received.hidden_MH):
             return received.hidden_MH, 0, 0, perf_counter() - began_s

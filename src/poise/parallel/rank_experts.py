@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -24,6 +25,15 @@ Key = tuple[int, int]
 OnLoaded = Callable[[int, int], None]
 """(experts loaded so far, of how many)."""
 READER_THREADS = 2
+
+
+@dataclass(slots=True)
+class ReadCounters:
+    """Since the rank began. Every expert that tokens come for is in memory, so that none is a hit or a miss."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
 
 
 def experts_of(placement: Placement, rank: int) -> tuple[frozenset[int], ...]:
@@ -59,6 +69,7 @@ class RankExperts:
         files = [part.file for row in sources_LE for source in row for part in source.parts]
         self._reader = Reader(files, threads=READER_THREADS)
         self._converting = threading.Lock()
+        self.counters = ReadCounters()
 
     @property
     def num_free(self) -> int:
@@ -156,6 +167,7 @@ class RankExperts:
             weights = weights_in_slot(place, 0, source, plan, staging, self._convert)
         assert not isinstance(weights, Packed), "a rank keeps experts as weights"
         copy_weights(weights, self.run(key), source)
+        self.counters.bytes_read += plan.nbytes
 
     def _source(self, key: Key) -> ExpertSource:
         return self._sources_LE[key[0]][key[1]]

@@ -1,0 +1,57 @@
+"""`poise generate --expert-parallel`, started by torchrun on every rank: what differs from a run of one process.
+
+Rank 0 is the command that the user sees: it reads prompts, shows progress and writes the one output. All others follow it
+and stay silent, unless they are what is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from poise.errors import PoiseError, RankLostError, RanksError, UsageError
+
+if TYPE_CHECKING:
+    from poise.engine.parallel_llm import ParallelLLM
+    from poise.parallel.launch import Launch
+
+BALANCES = ("static",)
+"""Where experts lie: ``static`` is where every engine starts."""
+CALL_OFF_S = 60.0
+
+
+def this_launch() -> Launch:
+    """Which rank this is. Raises RanksError where nothing like torchrun started it."""
+    from poise.parallel.launch import Launch
+
+    return Launch.from_environment(os.environ)
+
+
+def call_off(launch: Launch) -> None:
+    """On rank 0: lets the others go, as there is nothing to do."""
+    from poise.parallel.handshake import call_off as tell
+
+    tell(launch, timeout_s=CALL_OFF_S)
+
+
+def follow(launch: Launch, open_llm: Callable[[Launch], ParallelLLM]) -> None:
+    """Takes part in what rank 0 does until it is done. Raises PoiseError, which says which rank it is about."""
+    from poise.parallel.handshake import CalledOff
+
+    try:
+        with open_llm(launch) as llm:
+            llm.follow()
+    except CalledOff:
+        return
+    except KeyboardInterrupt:
+        sys.exit(130)  # rank 0 says it
+    except RanksError:
+        sys.exit(2)  # rank 0 says the same
+    except RankLostError:
+        raise
+    except UsageError as error:
+        raise UsageError(f"rank {launch.rank}: {error}") from None
+    except PoiseError as error:
+        raise PoiseError(f"rank {launch.rank}: {error}") from None

@@ -1,0 +1,298 @@
+"""``ParallelLLM``: one model over several ranks: attention for a rank's own requests, experts shared by all.
+
+Every rank makes one with the same arguments; then rank 0 calls ``generate``, all others ``follow``. Requests are dealt out to
+ranks. Weights are in memory: a rank's part of the experts that does not fit is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import poise
+from poise.engine.batch import Row
+from poise.engine.blueprint import Blueprint, Options, draw_up
+from poise.engine.footprint import peak_resident_bytes, return_freed_memory
+from poise.engine.loop import Listeners, Loop, OnProgress
+from poise.engine.parallel_call import Call, as_text, from_text
+from poise.engine.parallel_runner import Agreement, ParallelRunner
+from poise.engine.planning import SHORTEST, workload_of
+from poise.engine.probe import probe
+from poise.engine.prompts import as_list, params_for
+from poise.engine.request import Progress, Prompt, RequestOutput
+from poise.engine.sampling import SamplingParams
+from poise.engine.shares import deal
+from poise.errors import CheckpointError, UsageError
+from poise.model.dense import load_dense
+from poise.model.fingerprint import model_fingerprint
+from poise.model.seam import attach
+from poise.model.weights import converter_for
+from poise.parallel.exchange import TokenExchange
+from poise.parallel.group import RankGroup
+from poise.parallel.handshake import facts_of
+from poise.parallel.launch import Launch
+from poise.parallel.migration import Migration
+from poise.parallel.moe_layer import ExpertParallelLayers
+from poise.parallel.rank_experts import OnLoaded, RankExperts, experts_of, shard_bytes
+from poise.parallel.routes import Copies
+from poise.parallel.watch import Patience
+from poise.plan.pipeline import PipelinePlan
+from poise.spec.placement import Placement, contiguous
+from poise.spec.timeline import Timeline
+
+_END = "end"
+"""In place of a call: there will be no other."""
+
+
+class ParallelLLM:
+    """A model loaded on this rank. Parameters as those of ``LLM`` of the same names; ``memory`` is each rank's own budget.
+
+    ``redundant_slots``: copies of experts that each rank holds in each layer beyond its even share. ``placement``: who holds
+    which expert; None: contiguous, as every engine starts. Raises RanksError for ranks that do not run the same thing,
+    RankLostError when one is lost, UsageError (CheckpointError, BudgetError) for what cannot run.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        launch: Launch,
+        *,
+        memory: str | int = "auto",
+        dtype: str = "auto",
+        redundant_slots: int = 0,
+        placement: Placement | None = None,
+        groups: Sequence[tuple[int, int]] | None = None,
+        patience: Patience | None = None,
+        on_loaded: OnLoaded | None = None,
+    ) -> None:
+        self._group: RankGroup | None = None
+        self._experts: RankExperts | None = None
+        self._migration: Migration | None = None
+        self._plan: PipelinePlan | None = None
+        self._last: Progress | None = None
+        self._calls = 0
+        return_freed_memory()
+        drawn = draw_up(model, Options(memory=memory, dtype=dtype, groups=groups))
+        self.placement = placement or _contiguous(drawn, launch.num_ranks, redundant_slots)
+        self._blueprint = _for_ranks(drawn, self.placement)
+        self._drawn = drawn
+        options = {"dtype": drawn.dtype.dtype, "redundant slots": redundant_slots}
+        facts = facts_of(
+            model_fingerprint(drawn.checkpoint), self.placement, version=poise.__version__, options=options
+        )
+        self._group = RankGroup(launch, facts, patience=patience)
+        try:
+            self._load(on_loaded)
+        except BaseException as error:
+            self.close(error)
+            raise
+
+    def _load(self, on_loaded: OnLoaded | None) -> None:
+        """Reads dense weights and this rank's experts; returns when all ranks have."""
+        drawn, group, placement = self._blueprint, self.group, self.placement
+        drawn.plan(SHORTEST)  # raises BudgetError where a rank's part does not fit
+        load_dense(drawn.model, drawn.checkpoint, drawn.layout, drawn.dtype.dtype, group.device)
+        slots = (len(placement.layers) + 1) * placement.slots_per_rank
+        sources_LE = drawn.layout.experts_LE
+        attach(drawn.model)
+        self._blueprint = drawn = _for_ranks(self._drawn.corrected(probe(drawn.model, group.device)), placement)
+        self._experts = RankExperts(sources_LE, capacity=slots, convert=converter_for(drawn.model), device=group.device)
+        held_L = experts_of(placement, group.rank)
+        self._experts.load(
+            ((layer, expert) for layer, held in enumerate(held_L) for expert in sorted(held)), on_loaded=on_loaded
+        )
+        self._migration = Migration(group, self._experts, placement)
+        modules_L = [drawn.model.get_submodule(module.name) for module in drawn.modules]
+        copies_L = [
+            Copies.of(row_S, num_experts=placement.num_experts, num_ranks=placement.ranks).to(group.device)
+            for row_S in placement.slot_to_expert_LS
+        ]
+        dtype = drawn.dtype.dtype
+        exchange = TokenExchange(group, hidden=drawn.spec.hidden, top_k=drawn.spec.top_k, dtype=dtype)
+        layers = ExpertParallelLayers(modules_L, self._experts, exchange, copies_L, rank=group.rank)
+        self._runner = ParallelRunner(
+            drawn.model, drawn.modules, group, layers, self._migration, tell=self._tell, on_agreement=self._hear
+        )
+        group.meet("loaded")
+
+    @property
+    def group(self) -> RankGroup:
+        """The ranks."""
+        assert self._group is not None, "this ParallelLLM is closed"
+        return self._group
+
+    @property
+    def runner(self) -> ParallelRunner:
+        """The passes, for measurements beside ``generate``."""
+        return self._runner
+
+    @property
+    def last_progress(self) -> Progress | None:
+        """The final figures of the last call of ``generate``, of all ranks together; None except on rank 0."""
+        return self._last
+
+    def describe(self) -> dict[str, object]:
+        """Plain numbers about the model, the ranks and, after a call of ``generate``, this rank's plan."""
+        drawn, placement, plan = self._blueprint, self.placement, self._plan
+        facts: dict[str, object] = {
+            "architecture": drawn.spec.architecture,
+            "ranks": placement.ranks,
+            "moe_layers": len(drawn.spec.moe_layers),
+            "experts_per_layer": placement.num_experts,
+            "slots_per_rank": placement.slots_per_rank,
+            "top_k": drawn.spec.top_k,
+            "dense_bytes": drawn.spec.dense_bytes,
+            "shard_bytes": _shard_bytes(drawn, placement),
+            "dtype": drawn.spec.dtype,
+            "dtype_reason": drawn.dtype.reason,
+            "budget_bytes": drawn.budget_bytes,
+            "base_bytes": drawn.base_bytes,
+        }
+        if plan is not None:
+            facts |= {"batch_size": plan.group.batch_size, "num_batches": plan.group.num_batches}
+        return facts
+
+    @property
+    def budget_bytes(self) -> int:
+        """What everything that this rank adds after the imports may take."""
+        return self._blueprint.budget_bytes
+
+    @property
+    def base_bytes(self) -> int:
+        """What this rank's process held before the model began to load."""
+        return self._blueprint.base_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest resident set of this rank's process since the model began to load."""
+        return peak_resident_bytes()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_result: Callable[[RequestOutput], None] | None = None,
+        on_progress: OnProgress | None = None,
+        timeline: Timeline | None = None,
+    ) -> list[RequestOutput]:
+        """On rank 0, while the others ``follow``: generates for all prompts. Results in input order; ``on_result`` is told of
+        each as it finishes anywhere, ``on_progress`` of every pass.
+
+        Raises PromptError and BudgetError as ``LLM`` does, RankLostError when a rank is lost.
+        """
+        assert self.group.is_first, "the other ranks follow"
+        listed = as_list(prompts)
+        params = params_for(listed, sampling_params)
+        rows = self._rows(listed, params)
+        if not rows:
+            return []
+        self.group.put(f"call/{self._calls}", as_text(rows))
+        call = self._take_part(rows, listed, on_result, on_progress, timeline)
+        self._last = call.progress
+        return [call.results[index] for index in range(len(rows))]
+
+    def follow(self, *, timeline: Timeline | None = None) -> None:
+        """On every rank but 0: takes part in all calls of ``generate`` there, until it is closed."""
+        while (text := self.group.hear(f"call/{self._calls}")) != _END:
+            listed, params = from_text(text)
+            self._take_part(self._rows(listed, params), listed, None, None, timeline)
+
+    def _rows(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Row]:
+        asked = zip(prompts, params, strict=True)
+        return [self._blueprint.row(index, prompt, each) for index, (prompt, each) in enumerate(asked)]
+
+    def _take_part(
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[Prompt],
+        on_result: Callable[[RequestOutput], None] | None,
+        on_progress: OnProgress | None,
+        timeline: Timeline | None,
+    ) -> Call:
+        """Runs this rank's share of a call, and the others' experts until they are done."""
+        group = self.group
+        self._call = call = Call(group, prompts, number=self._calls, on_result=on_result, on_progress=on_progress)
+        self._calls += 1
+        self._runner.timeline = timeline
+        mine = deal([row.total_tokens for row in rows], group.num_ranks)[group.rank]
+        if mine:
+            self._run([rows[index] for index in mine], call)
+        self._runner.join()
+        return call
+
+    def _run(self, rows: Sequence[Row], call: Call) -> None:
+        """This rank's share of a call."""
+        drawn = self._blueprint
+        self._plan = plan = drawn.plan(workload_of(rows))
+        pad_id = min((token for token in drawn.end_tokens if 0 <= token < drawn.spec.vocabulary), default=0)
+        group = self.group
+        loop = Loop(self._runner, plan.group, rows, eos=drawn.end_tokens, pad_id=pad_id, device=group.device)
+        try:
+            loop.run(Listeners(on_row=call.finished, on_progress=call.advanced))
+        except FloatingPointError as error:
+            raise CheckpointError(f"{error}; try another --dtype, or fetch the checkpoint again") from None
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leaves the group, with ``error`` as the reason the others are given, and ends all threads. Safe to call twice."""
+        group, self._group = self._group, None
+        if group is not None:
+            if group.is_first and error is None:
+                group.put(f"call/{self._calls}", _END)
+            group.__exit__(None if error is None else type(error), error, None)
+        if self._migration is not None:
+            self._migration.close()
+        if self._experts is not None:
+            self._experts.close()
+
+    def __enter__(self) -> ParallelLLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+    def _tell(self) -> Sequence[int]:
+        return self._call.told()
+
+    def _hear(self, agreement: Agreement) -> None:
+        self._call.heard(agreement)
+
+
+def _contiguous(drawn: Blueprint, ranks: int, redundant_slots: int) -> Placement:
+    experts = max(drawn.spec.experts_L)
+    if min(drawn.spec.experts_L) != experts:
+        raise UsageError(f"{drawn.spec.architecture} has layers of different numbers of experts; run it without ranks")
+    if redundant_slots < 0:
+        raise UsageError(f"redundant slots are {redundant_slots}; give 0 or more")
+    slots = -(-experts // ranks) + redundant_slots
+    return contiguous(drawn.spec.moe_layers, num_experts=experts, ranks=ranks, slots_per_rank=slots)
+
+
+def _shard_bytes(drawn: Blueprint, placement: Placement) -> int:
+    """With the spare slots of one layer, into which experts move."""
+    return shard_bytes(drawn.layout.experts_LE, placement, spare_slots=placement.slots_per_rank)
+
+
+def _for_ranks(drawn: Blueprint, placement: Placement) -> Blueprint:
+    """The same with what a rank takes: all dense weights in memory, its experts, and the tokens that others may send it.
+
+    In the worst case all ranks' tokens come to one of them; activations are planned for that.
+    """
+    drawn = replace(drawn, layout=drawn.layout.unpacked())
+    pipeline = drawn.pipeline
+    local = min(drawn.spec.top_k, placement.slots_per_rank)
+    planned = replace(
+        pipeline,
+        spec=replace(pipeline.spec, experts_L=(placement.slots_per_rank,) * len(placement.layers)),
+        activation=replace(pipeline.activation, top_k=pipeline.activation.top_k + placement.ranks * (local + 6)),
+        dense=pipeline.dense[:1],
+        slot_bytes=1,  # experts count as scratch: they are there, whatever is planned
+        scratch_bytes=pipeline.scratch_bytes + _shard_bytes(drawn, placement),
+        max_slots=None,
+        may_move_cache=(False,),
+    )
+    return replace(drawn, pipeline=planned)

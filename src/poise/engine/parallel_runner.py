@@ -1,0 +1,161 @@
+"""Runs passes of one rank whose experts are spread over several: attention for its own batches, experts together with all.
+
+Every pass begins with an agreement: who has work, and which changes of the placement are in force from now on. A rank without
+work runs no forward and comes to each layer's exchange with no tokens (``join``), so that the others can go on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter, perf_counter_ns
+from typing import Any
+
+import torch
+
+from poise.engine.runner import ForwardInputs
+from poise.model.inspect import ExpertsModule
+from poise.model.seam import Forward, Parked, attach
+from poise.offload.kv_stream import KvStream
+from poise.parallel.group import RankGroup
+from poise.parallel.migration import Migration
+from poise.parallel.moe_layer import ExpertParallelLayers
+from poise.parallel.routes import Copies
+from poise.spec.timeline import COMPUTE, Timeline
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """What ranks told each other at the begin of a pass; the same on all. ``told_RN``: what each rank added of its own."""
+
+    has_work_R: tuple[bool, ...]
+    told_RN: tuple[tuple[int, ...], ...]
+
+    @property
+    def anyone_works(self) -> bool:
+        return any(self.has_work_R)
+
+
+class ParallelRunner:
+    """A model whose experts lie on several ranks. One thread only; ``run`` leaves no forward behind, whatever happens.
+
+    ``tell``: what this rank adds to each agreement, always as many numbers; ``on_agreement``: is told the outcome, on all
+    ranks alike, before the pass.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        modules: Sequence[ExpertsModule],
+        group: RankGroup,
+        layers: ExpertParallelLayers,
+        migration: Migration,
+        *,
+        tell: Callable[[], Sequence[int]] = tuple,
+        on_agreement: Callable[[Agreement], None] | None = None,
+    ) -> None:
+        attach(model)
+        self.model = model
+        self.layers = layers
+        self.kv: KvStream | None = None
+        self.store = layers.experts
+        self.timeline: Timeline | None = None
+        self.passes = 0
+        """Passes that any rank has run."""
+        self.pass_s = 0.0
+        """Their time in all, on this rank."""
+        self._group = group
+        self._migration = migration
+        self._tell = tell
+        self._on_agreement = on_agreement
+        self._position = {id(model.get_submodule(module.name)): index for index, module in enumerate(modules)}
+        self._num_layers = len(modules)
+        self._accepted = frozenset(inspect.signature(model.forward).parameters)
+
+    def run(self, group: Sequence[ForwardInputs]) -> list[torch.Tensor]:
+        """One pass over the layers for every batch of this rank. Returns each batch's logits (rows, kept tokens, V).
+
+        Raises RankLostError when a rank is lost, PassAbandonedError when another rank gives the pass up.
+        """
+        assert group, "a rank without work joins"
+        self._agree(has_work=True)
+        began_s = perf_counter()
+        with torch.inference_mode():
+            forwards = [Forward(self._forward(inputs)) for inputs in group]
+            try:
+                results = self._lockstep(forwards, [inputs.real_T for inputs in group])
+            finally:
+                for forward in forwards:
+                    forward.abort()
+        self._count(began_s)
+        return results
+
+    def join(self) -> None:
+        """Takes part in the others' passes, without tokens, until no rank has work."""
+        while self._agree(has_work=False).anyone_works:
+            began_s = perf_counter()
+            with torch.inference_mode():
+                for layer in range(self._num_layers):
+                    self.layers.run([], [], layer=layer, timeline=self.timeline)
+            self._count(began_s)
+
+    def _agree(self, *, has_work: bool) -> Agreement:
+        """Tells the others how this rank stands, hears how they stand, and puts what has arrived everywhere into force."""
+        told = torch.tensor([has_work, self._migration.arrived, *self._tell()], device=self._group.device)
+        heard = self._group.all_gather(told).tolist()
+        for change in self._migration.switch(min(arrived for _, arrived, *_ in heard)):
+            placement = self._migration.placement
+            self.layers.copies_L[change.layer] = Copies.of(
+                change.slot_to_expert_S, num_experts=placement.num_experts, num_ranks=placement.ranks
+            ).to(self._group.device)
+        agreement = Agreement(
+            has_work_R=tuple(bool(works) for works, *_ in heard), told_RN=tuple(tuple(own) for _, _, *own in heard)
+        )
+        if self._on_agreement is not None:
+            self._on_agreement(agreement)
+        return agreement
+
+    def _lockstep(self, forwards: Sequence[Forward], real: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        for batch, forward in enumerate(forwards):
+            self._timed(forward.start, 0, batch)
+        for layer in range(self._num_layers):
+            parked = [self._parked(forward, mask, layer) for forward, mask in zip(forwards, real, strict=True)]
+            outputs = self.layers.run(parked, real, layer=layer, timeline=self.timeline)
+            for batch, (forward, output) in enumerate(zip(forwards, outputs, strict=True)):
+                self._timed(partial(forward.resume, output), layer + 1, batch)
+        results = [forward.result for forward in forwards if forward.result is not None]
+        assert len(results) == len(forwards), "a forward parked more often than the model has MoE layers"
+        return results
+
+    def _timed(self, step: Callable[[], object], layer: int, batch: int) -> None:
+        began_ns = perf_counter_ns()
+        step()
+        if self.timeline is not None:
+            self.timeline.add(COMPUTE, "attention", began_ns, layer=layer, batch=batch)
+
+    def _parked(self, forward: Forward, mask: torch.Tensor | None, layer: int) -> Parked:
+        parked = forward.parked
+        assert parked is not None, f"a forward ended before its {layer + 1}th MoE layer"
+        position = self._position.get(id(parked.module))
+        assert position == layer, f"a batch parked at MoE layer {position} while the group is at {layer}"
+        assert mask is None or len(mask) == len(parked.hidden_TH), (
+            "the experts see another number of tokens than the batch has"
+        )
+        return parked
+
+    def _forward(self, inputs: ForwardInputs) -> Callable[[], torch.Tensor]:
+        """Passes on what the model's forward takes; a model that computes all logits is cut to the last itself."""
+        taken = {name: value for name, value in inputs.arguments.items() if name in self._accepted}
+        kept = inputs.arguments["logits_to_keep"]
+
+        def run() -> torch.Tensor:
+            logits: torch.Tensor = self.model(**taken).logits
+            return logits[:, -kept:] if kept else logits
+
+        return run
+
+    def _count(self, began_s: float) -> None:
+        self.passes += 1
+        self.pass_s += perf_counter() - began_s

@@ -1,0 +1,107 @@
+"""A model over several ranks gives the tokens that plain transformers gives on each prompt alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from poise.engine.parallel_llm import ParallelLLM
+from poise.engine.sampling import SamplingParams
+from poise.parallel.launch import Launch
+from poise.parallel.watch import Patience
+from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
+from tests.ranks import start_ranks
+
+PATIENT = Patience(start_s=60, behind_s=60)
+
+
+def generate(launch: Launch, path: Path, prompts: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
+    """Two calls in a row, so that the second begins where the first left the group."""
+    finished: list[int] = []
+    with ParallelLLM(path, launch, memory="2GiB", patience=PATIENT, **options) as llm:
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        params = SamplingParams(max_tokens=6, ignore_eos=True)
+        if launch.rank > 0:
+            llm.follow()
+            return {"passes": llm.runner.passes, "progress": llm.last_progress}
+        first = llm.generate(asked, params, on_result=lambda result: finished.append(result.index))
+        again = llm.generate(asked[:1], params)
+        return {
+            "tokens": [list(each.outputs[0].token_ids) for each in first],
+            "again": [list(each.outputs[0].token_ids) for each in again],
+            "finished": finished,
+            "progress": llm.last_progress,
+            "passes": llm.runner.passes,
+            "facts": llm.describe(),
+        }
+
+
+def expected(model: Any, prompt: list[int]) -> list[int]:
+    """Greedy, by whole forwards; a token that ends sequences is a token like others."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        for _ in range(6):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return [int(token) for token in ids[0, len(prompt) :]]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "ranks", "options"),
+    [
+        ("qwen3_moe", 1, {}),
+        ("qwen3_moe", 2, {"groups": [(2, 2)]}),
+        ("qwen3_moe", 4, {"redundant_slots": 1}),
+        pytest.param("deepseek_v3", 2, {}, marks=pytest.mark.slow),
+        pytest.param("qwen3_next", 2, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_greedy_tokens_are_those_of_each_prompt_alone(
+    architecture: str,
+    ranks: int,
+    options: dict[str, Any],
+    checkpoint: MakeCheckpoint,
+    reference: Reference,
+    draw_prompts: DrawPrompts,
+    tmp_path: Path,
+) -> None:
+    path, prompts = checkpoint(architecture), draw_prompts((5, 17, 9, 30, 3, 12, 8))
+    results = start_ranks(generate, ranks, tmp_path, path, prompts, options).results(within_s=120)
+    wanted = [expected(reference(path), prompt) for prompt in prompts]
+    assert results[0]["tokens"] == wanted
+    assert results[0]["again"] == wanted[:1]
+    assert sorted(results[0]["finished"]) == list(range(len(prompts)))
+    assert all(result["progress"] is None for result in results[1:])
+    assert len({result["passes"] for result in results}) == 1, "all ranks take part in every pass"
+    assert results[0]["progress"].generated_tokens == 6
+    assert results[0]["facts"]["slots_per_rank"] == -(-8 // ranks) + options.get("redundant_slots", 0)
+
+
+def test_more_ranks_than_requests(
+    checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
+) -> None:
+    path, prompts = checkpoint("qwen3_moe"), draw_prompts((11,))
+    results = start_ranks(generate, 4, tmp_path, path, prompts, {}).results(within_s=120)
+    assert results[0]["tokens"] == [expected(reference(path), prompts[0])]
+
+
+def refuse(launch: Launch, path: Path, memory: str, ranks_differ: bool) -> None:
+    dtype = "bfloat16" if ranks_differ and launch.rank == 1 else "float32"
+    ParallelLLM(path, launch, memory=memory, dtype=dtype, patience=PATIENT).close()
+
+
+def test_a_part_that_does_not_fit_is_refused_in_one_line(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    ranks = start_ranks(refuse, 2, tmp_path, checkpoint("qwen3_moe"), "1MiB", False)
+    assert ranks.wait() == [2, 2]
+    (line,) = ranks.output(0).splitlines()
+    assert line.startswith("error: a memory budget of 1 MiB is too small; the smallest that works is")
+
+
+def test_ranks_of_different_dtypes_are_refused(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    ranks = start_ranks(refuse, 2, tmp_path, checkpoint("qwen3_moe"), "2GiB", True)
+    assert ranks.wait() == [2, 2]
+    assert ranks.output(0) == (
+        "error: rank 1 has dtype torch.bfloat16, rank 0 has torch.float32; give every rank the same options\n"
+    )
