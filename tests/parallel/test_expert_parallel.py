@@ -90,10 +90,11 @@ def run_every_layer(
     launch: Launch, path: Path, placement: Placement
 ) -> tuple[list[list[torch.Tensor]], list[LayerRecord], int]:
     job = load(launch, path, placement)
+    job.layers.records = records = []
     with job.group:
         outputs = [job.run(layer) for layer in range(len(LAYERS))]
         job.experts.close()
-        return outputs, job.layers.records, job.experts.num_free
+        return outputs, records, job.experts.num_free
 
 
 def expected(model: Any, layer: int, batch: Batch) -> torch.Tensor:

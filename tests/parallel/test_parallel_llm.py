@@ -12,6 +12,7 @@ from poise.engine.parallel_llm import ParallelLLM
 from poise.engine.sampling import SamplingParams
 from poise.parallel.launch import Launch
 from poise.parallel.watch import Patience
+from poise.plan.rebalance import Eplb, Rebalance, Vibe
 from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
 from tests.ranks import start_ranks
 
@@ -39,11 +40,11 @@ def generate(launch: Launch, path: Path, prompts: list[list[int]], options: dict
         }
 
 
-def expected(model: Any, prompt: list[int]) -> list[int]:
+def expected(model: Any, prompt: list[int], tokens: int = 6) -> list[int]:
     """Greedy, by whole forwards; a token that ends sequences is a token like others."""
     ids = torch.tensor([prompt])
     with torch.inference_mode():
-        for _ in range(6):
+        for _ in range(tokens):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     return [int(token) for token in ids[0, len(prompt) :]]
 
@@ -85,6 +86,41 @@ def test_more_ranks_than_requests(
     path, prompts = checkpoint("qwen3_moe"), draw_prompts((11,))
     results = start_ranks(generate, 4, tmp_path, path, prompts, {}).results(within_s=120)
     assert results[0]["tokens"] == [expected(reference(path), prompts[0])]
+
+
+def generate_balanced(launch: Launch, path: Path, prompts: list[list[int]], policy: Rebalance) -> dict[str, Any]:
+    with ParallelLLM(path, launch, memory="2GiB", patience=PATIENT, policy=policy) as llm:
+        balancing = llm.balancing
+        assert balancing is not None
+        if launch.rank > 0:
+            llm.follow()
+            return {"history": balancing.history, "figures": balancing.figures}
+        params = SamplingParams(max_tokens=40, ignore_eos=True)
+        made = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+        return {
+            "tokens": [list(each.outputs[0].token_ids) for each in made],
+            "history": balancing.history,
+            "figures": balancing.figures,
+            "table": balancing.table(),
+        }
+
+
+@pytest.mark.parametrize("policy", [Eplb(interval=4), Vibe(interval=4, least_gain_frac=-1.0)])
+def test_experts_move_while_tokens_are_generated_and_the_tokens_stay_the_same(
+    policy: Rebalance, checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
+) -> None:
+    """A policy that asks for no gain proposes something whenever it is asked."""
+    path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 17, 9))
+    results = start_ranks(generate_balanced, 4, tmp_path, path, prompts, policy).results(within_s=120)
+    assert results[0]["tokens"] == [expected(reference(path), prompt, 40) for prompt in prompts]
+    changes = [(each.at_pass, each.moved_experts) for each in results[0]["history"]]
+    assert sum(moved for _, moved in changes) > 0, "nothing moved, so that nothing was tested"
+    for result in results[1:]:
+        assert [(each.at_pass, each.moved_experts) for each in result["history"]] == changes
+    assert all(line.startswith("pass ") for line in results[0]["table"])
+    windows = results[0]["figures"]
+    assert len(windows) == 10
+    assert all(each.imbalance >= 1.0 and len(each.expert_s_R) == 4 for each in windows)
 
 
 def refuse(launch: Launch, path: Path, memory: str, ranks_differ: bool) -> None:

@@ -107,7 +107,14 @@ ExpertParallel = Annotated[
         "--expert-parallel", help="One rank of several that share the experts; start it with torchrun on each."
     ),
 ]
-Balance = Annotated[str, typer.Option(metavar="static", help="Where experts lie: static (as every engine starts).")]
+Balance = Annotated[
+    str,
+    typer.Option(
+        metavar="static|eplb|vibe",
+        help="With --expert-parallel, where experts lie: where they are at first (static), so that ranks get like numbers of "
+        "tokens (eplb), or so that ranks end together, slow ones and fast ones (vibe).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 

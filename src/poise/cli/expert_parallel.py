@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from poise.engine.parallel_llm import ParallelLLM
     from poise.parallel.launch import Launch
 
-BALANCES = ("static",)
-"""Where experts lie: ``static`` is where every engine starts."""
+BALANCES = ("static", "eplb", "vibe")
+"""As in ``engine.parallel_llm``, which is not imported before it is needed."""
 CALL_OFF_S = 60.0
 
 

@@ -70,6 +70,8 @@ class GenerateOptions:
             raise UsageError(f"quantize {self.quantize!r} is not supported; choose one of {', '.join(QUANTIZATIONS)}")
         if self.balance not in BALANCES:
             raise UsageError(f"balance {self.balance!r} is not supported; choose one of {', '.join(BALANCES)}")
+        if self.balance != "static" and not self.expert_parallel:
+            raise UsageError("--balance is about ranks that share the experts; give --expert-parallel as well")
         if self.expert_parallel and (self.quantize != "none" or self.timeline is not None):
             raise UsageError("--quantize and --timeline do not go with --expert-parallel yet; leave them out")
         if self.memory != "auto":
@@ -143,6 +145,7 @@ def _generate(
     view = _View(requests, pending, file, prints=file is None and not options.json_output)
     view.streams &= launch is None
     plan = stats = None
+    moves: list[str] = []
     if pending:
         try:
             from poise.engine.llm import LLM
@@ -170,12 +173,15 @@ def _generate(
                         on_result=view.on_result,
                         on_progress=view.on_progress,
                     )
+                    moves = llm.balancing.table() if llm.balancing is not None else []
                 stats, plan = _stats(llm), llm.describe()
         except PromptError as error:
             raise _placed(error, pending, options.prompt_file) from None
         finally:
             view.end()
         say(_summary(stats))
+        for line in moves:
+            say(line)
         if timeline is not None and options.timeline is not None:
             _write_timeline(options.timeline, timeline)
     if options.json_output:
@@ -205,6 +211,7 @@ def _open_ranks(options: GenerateOptions, launch: Launch, view: _View | None) ->
         launch,
         memory=options.memory,
         dtype=options.dtype,
+        balance=options.balance,
         on_loaded=None if view is None else view.on_loaded,
     )
 

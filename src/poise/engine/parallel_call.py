@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 
 from poise.engine.batch import Row
 from poise.engine.loop import OnProgress
-from poise.engine.parallel_runner import Agreement
 from poise.engine.request import Progress, Prompt, RequestOutput
 from poise.engine.result_post import ResultPost
 from poise.engine.sampling import SamplingParams
@@ -52,11 +51,11 @@ class Call:
         own = self._own
         return (self._post.posted, own.prompt_tokens, own.generated_tokens) if own is not None else (0, 0, 0)
 
-    def heard(self, agreement: Agreement) -> None:
-        """On rank 0: takes in what finished anywhere since the last time."""
+    def heard(self, told_R: Sequence[Sequence[int]]) -> None:
+        """On rank 0: takes in what finished anywhere since the last time, given what each rank ``told``."""
         if not self._is_first:
             return
-        posted_R, prompt_R, generated_R = zip(*agreement.told_RN, strict=True)
+        posted_R, prompt_R, generated_R = zip(*told_R, strict=True)
         for result in self._post.fetch(posted_R):
             prompt = self._prompts[result.index]
             self.results[result.index] = named = replace(result, prompt=prompt if isinstance(prompt, str) else None)

@@ -6,12 +6,13 @@ ranks. Weights are in memory: a rank's part of the experts that does not fit is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import poise
+from poise.engine.balancing import Balancing
 from poise.engine.batch import Row
 from poise.engine.blueprint import Blueprint, Options, draw_up
 from poise.engine.footprint import peak_resident_bytes, return_freed_memory
@@ -39,9 +40,13 @@ from poise.parallel.rank_experts import OnLoaded, RankExperts, experts_of, shard
 from poise.parallel.routes import Copies
 from poise.parallel.watch import Patience
 from poise.plan.pipeline import PipelinePlan
+from poise.plan.rebalance import Eplb, Rebalance, Vibe
 from poise.spec.placement import Placement, contiguous
 from poise.spec.timeline import Timeline
 
+BALANCES: Mapping[str, Rebalance | None] = MappingProxyType({"static": None, "eplb": Eplb(), "vibe": Vibe()})
+"""Policies by name."""
+REDUNDANT_SLOTS = 2
 _END = "end"
 """In place of a call: there will be no other."""
 
@@ -49,9 +54,12 @@ _END = "end"
 class ParallelLLM:
     """A model loaded on this rank. Parameters as those of ``LLM`` of the same names; ``memory`` is each rank's own budget.
 
-    ``redundant_slots``: copies of experts that each rank holds in each layer beyond its even share. ``placement``: who holds
-    which expert; None: contiguous, as every engine starts. Raises RanksError for ranks that do not run the same thing,
-    RankLostError when one is lost, UsageError (CheckpointError, BudgetError) for what cannot run.
+    ``balance``: how experts are placed while running, one of ``BALANCES``; ``policy``: in place of the one of that name.
+    ``redundant_slots``: copies of experts that each rank holds in each layer beyond its even share; None: 2 where experts
+    are balanced, else none. ``placement``: who holds which expert at first; None: contiguous, as every engine starts.
+
+    Raises RanksError for ranks that do not run the same thing, RankLostError when one is lost, UsageError (CheckpointError,
+    BudgetError) for what cannot run.
     """
 
     def __init__(
@@ -61,7 +69,9 @@ class ParallelLLM:
         *,
         memory: str | int = "auto",
         dtype: str = "auto",
-        redundant_slots: int = 0,
+        balance: str = "static",
+        policy: Rebalance | None = None,
+        redundant_slots: int | None = None,
         placement: Placement | None = None,
         groups: Sequence[tuple[int, int]] | None = None,
         patience: Patience | None = None,
@@ -70,15 +80,21 @@ class ParallelLLM:
         self._group: RankGroup | None = None
         self._experts: RankExperts | None = None
         self._migration: Migration | None = None
+        self._balancing: Balancing | None = None
         self._plan: PipelinePlan | None = None
         self._last: Progress | None = None
         self._calls = 0
+        if balance not in BALANCES:
+            raise UsageError(f"balance {balance!r} is not supported; choose one of {', '.join(BALANCES)}")
+        self._policy = policy or BALANCES[balance]
+        if redundant_slots is None:
+            redundant_slots = 0 if self._policy is None else REDUNDANT_SLOTS
         return_freed_memory()
         drawn = draw_up(model, Options(memory=memory, dtype=dtype, groups=groups))
         self.placement = placement or _contiguous(drawn, launch.num_ranks, redundant_slots)
         self._blueprint = _for_ranks(drawn, self.placement)
         self._drawn = drawn
-        options = {"dtype": drawn.dtype.dtype, "redundant slots": redundant_slots}
+        options = {"dtype": drawn.dtype.dtype, "redundant slots": redundant_slots, "balance": self._policy or "static"}
         facts = facts_of(
             model_fingerprint(drawn.checkpoint), self.placement, version=poise.__version__, options=options
         )
@@ -115,6 +131,8 @@ class ParallelLLM:
         self._runner = ParallelRunner(
             drawn.model, drawn.modules, group, layers, self._migration, tell=self._tell, on_agreement=self._hear
         )
+        if self._policy is not None:
+            self._balancing = Balancing(group, layers, self._migration, self._policy)
         group.meet("loaded")
 
     @property
@@ -147,12 +165,18 @@ class ParallelLLM:
             "shard_bytes": _shard_bytes(drawn, placement),
             "dtype": drawn.spec.dtype,
             "dtype_reason": drawn.dtype.reason,
+            "balance": "static" if self._policy is None else type(self._policy).__name__.lower(),
             "budget_bytes": drawn.budget_bytes,
             "base_bytes": drawn.base_bytes,
         }
         if plan is not None:
             facts |= {"batch_size": plan.group.batch_size, "num_batches": plan.group.num_batches}
         return facts
+
+    @property
+    def balancing(self) -> Balancing | None:
+        """What was observed of the ranks, and what moved; None where experts stay where they are."""
+        return self._balancing
 
     @property
     def budget_bytes(self) -> int:
@@ -238,14 +262,23 @@ class ParallelLLM:
     def close(self, error: BaseException | None = None) -> None:
         """Leaves the group, with ``error`` as the reason the others are given, and ends all threads. Safe to call twice."""
         group, self._group = self._group, None
-        if group is not None:
-            if group.is_first and error is None:
-                group.put(f"call/{self._calls}", _END)
+        if group is None:
+            return
+        try:
+            if error is None and self._migration is not None:
+                if group.is_first:
+                    group.put(f"call/{self._calls}", _END)
+                self._migration.wind_up()
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            for owned in (self._balancing, self._migration):
+                if owned is not None:
+                    owned.close()
             group.__exit__(None if error is None else type(error), error, None)
-        if self._migration is not None:
-            self._migration.close()
-        if self._experts is not None:
-            self._experts.close()
+            if self._experts is not None:
+                self._experts.close()
 
     def __enter__(self) -> ParallelLLM:
         return self
@@ -256,10 +289,13 @@ class ParallelLLM:
         self.close(error)
 
     def _tell(self) -> Sequence[int]:
-        return self._call.told()
+        proposes = self._balancing is not None and self.group.is_first and self._balancing.has_proposal
+        return int(proposes), *self._call.told()
 
     def _hear(self, agreement: Agreement) -> None:
-        self._call.heard(agreement)
+        if self._balancing is not None:
+            self._balancing.step(proposed=bool(agreement.told_RN[0][0]))
+        self._call.heard([told for _, *told in agreement.told_RN])
 
 
 def _contiguous(drawn: Blueprint, ranks: int, redundant_slots: int) -> Placement:
@@ -268,7 +304,7 @@ def _contiguous(drawn: Blueprint, ranks: int, redundant_slots: int) -> Placement
         raise UsageError(f"{drawn.spec.architecture} has layers of different numbers of experts; run it without ranks")
     if redundant_slots < 0:
         raise UsageError(f"redundant slots are {redundant_slots}; give 0 or more")
-    slots = -(-experts // ranks) + redundant_slots
+    slots = min(experts, -(-experts // ranks) + redundant_slots)
     return contiguous(drawn.spec.moe_layers, num_experts=experts, ranks=ranks, slots_per_rank=slots)
 
 

@@ -24,12 +24,15 @@ class Migration:
     def __init__(self, group: RankGroup, experts: RankExperts, placement: Placement) -> None:
         self._rank = group.rank
         self._num_ranks = group.num_ranks
+        self._group = group
         self._channel: Channel = group.open_channel()
         self._experts = experts
         self.placement = placement
         """What ranks compute with now."""
         self._changes: tuple[LayerChange, ...] = ()
-        self._arrived = self._switched = 0
+        self._started = self._arrived = self._switched = 0
+        self._limit = 0
+        """Changes that the thread may start."""
         self._bytes = 0
         self._error: Exception | None = None
         self._has_changed = threading.Condition()
@@ -59,7 +62,8 @@ class Migration:
         assert self.is_idle, "a migration is under way"
         with self._has_changed:
             self._changes = changes_between(self.placement, after, from_disk=from_disk)
-            self._arrived = self._switched = 0
+            self._started = self._arrived = self._switched = 0
+            self._limit = len(self._changes)
             self._has_changed.notify_all()
         return len(self._changes)
 
@@ -85,6 +89,19 @@ class Migration:
             )
         return new
 
+    def wind_up(self) -> None:
+        """All ranks at once, between passes: changes that a rank has started come to their end, the others are dropped."""
+        with self._has_changed:
+            self._limit = self._started
+        started_R = self._group.all_gather(torch.tensor([self._limit], device=self._group.device))
+        with self._has_changed:
+            self._limit = int(started_R.max())
+            self._changes = self._changes[: self._limit]
+            self._has_changed.notify_all()
+        while not self.is_idle:
+            arrived_R = self._group.all_gather(torch.tensor([self.arrived], device=self._group.device))
+            self.switch(int(arrived_R.min()))
+
     def close(self) -> None:
         """Ends the thread; a transfer that waits for a rank ends with the process group."""
         with self._has_changed:
@@ -105,10 +122,11 @@ class Migration:
     def _work(self) -> None:
         while True:
             with self._has_changed:
-                while not self._closed and self._arrived == len(self._changes):
+                while not self._closed and self._arrived >= self._limit:
                     self._has_changed.wait()
                 if self._closed:
                     return
+                self._started = self._arrived + 1
                 change = self._changes[self._arrived]
                 mine = self._mine(change)
                 while not self._closed and self._experts.num_free < len(mine):

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -57,8 +59,10 @@ class ExpertParallelLayers:
         self._exchange = exchange
         self.copies_L = list(copies_L)
         self._rank = rank
-        self.records: list[LayerRecord] = []
-        """Of all layers since whoever reads them last cleared the list."""
+        self.records: list[LayerRecord] | None = None
+        """Of all layers since whoever reads them last began a new list; None where nobody does."""
+        self.counts_LE: npt.NDArray[np.int64] | None = None
+        """Choices of this rank's own tokens, added up where somebody wants to know."""
 
     def run(
         self,
@@ -75,21 +79,27 @@ class ExpertParallelLayers:
         began_s = perf_counter()
         tokens = [len(entry.hidden_TH) for entry in parked]
         hidden_TH, choice_TK, weights_TK = self._joined(parked, real)
+        if self.counts_LE is not None:
+            num_experts = self.counts_LE.shape[1]
+            self.counts_LE[layer] += torch.bincount(choice_TK.flatten(), minlength=num_experts + 1)[:num_experts].numpy(
+                force=True
+            )
         routes = route(choice_TK, self.copies_L[layer], source_rank=self._rank)
         received = self._exchange.dispatch(hidden_TH, weights_TK, routes, layer=layer)
         partial_MH, pairs, active, compute_s = self._compute(received, layer, timeline)
         output_TH = self._exchange.combine(partial_MH, received, routes, tokens=sum(tokens))
-        self.records.append(
-            LayerRecord(
-                layer=layer,
-                routed_tokens=pairs,
-                active_experts=active,
-                compute_s=compute_s,
-                waited_s=received.waited_s,
-                total_s=perf_counter() - began_s,
-                sent_bytes=received.nbytes,
+        if self.records is not None:
+            self.records.append(
+                LayerRecord(
+                    layer=layer,
+                    routed_tokens=pairs,
+                    active_experts=active,
+                    compute_s=compute_s,
+                    waited_s=received.waited_s,
+                    total_s=perf_counter() - began_s,
+                    sent_bytes=received.nbytes,
+                )
             )
-        )
         return list(torch.split(output_TH, tokens)) if tokens else []
 
     def abandon(self, layer: int) -> None:
