@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from poise.engine.parallel_llm import ParallelLLM
 from poise.engine.sampling import SamplingParams
 from poise.parallel.launch import Launch
 from poise.parallel.watch import Patience
-from poise.plan.rebalance import Eplb, Rebalance, Vibe
+from poise.plan.rebalance import Eplb, Proposal, Rebalance, Window
 from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
 from tests.ranks import start_ranks
 
@@ -105,11 +107,20 @@ def generate_balanced(launch: Launch, path: Path, prompts: list[list[int]], poli
         }
 
 
-@pytest.mark.parametrize("policy", [Eplb(interval=4), Vibe(interval=4, least_gain_frac=-1.0)])
+@dataclass(frozen=True, kw_only=True)
+class Rotate:
+    """Every expert moves on, again and again: the most that a policy can ask for."""
+
+    interval: int = 4
+
+    def propose(self, window: Window) -> Proposal:
+        return Proposal(slot_to_expert_LS=np.roll(window.current_LS, 1, axis=1), reason="turning", gain_frac=None)
+
+
+@pytest.mark.parametrize("policy", [Eplb(interval=4), Rotate()])
 def test_experts_move_while_tokens_are_generated_and_the_tokens_stay_the_same(
     policy: Rebalance, checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
 ) -> None:
-    """A policy that asks for no gain proposes something whenever it is asked."""
     path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 17, 9))
     results = start_ranks(generate_balanced, 4, tmp_path, path, prompts, policy).results(within_s=120)
     assert results[0]["tokens"] == [expected(reference(path), prompt, 40) for prompt in prompts]

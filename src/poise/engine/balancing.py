@@ -63,6 +63,10 @@ class Balancing:
         self._pending: Future[Proposal | None] | None = None
         layers.records = []
         layers.counts_LE = np.zeros((len(layers.copies_L), migration.placement.num_experts), dtype=np.int64)
+        if group.is_first:
+            self._planner.submit(
+                policy.propose, _any_window(migration.placement, group.num_ranks)
+            )  # compiles its loops
         self.history: list[Rebalanced] = []
         """On all ranks alike."""
         self.figures: list[WindowFigures] = []
@@ -139,6 +143,14 @@ class Balancing:
                 current_LS=self._migration.placement.slot_to_expert_LS.astype(np.int64),
             )
             self._pending = self._planner.submit(self._policy.propose, window)
+
+
+def _any_window(placement: Placement, num_ranks: int) -> Window:
+    """Of the shapes that windows will have."""
+    current_LS = placement.slot_to_expert_LS.astype(np.int64)
+    load_LE = np.ones((len(current_LS), placement.num_experts))
+    cost = ObservedCost(expert_s=1e-3, token_s=1e-6)
+    return Window(load_LE=load_LE, steps=1, costs_R=(cost,) * num_ranks, current_LS=current_LS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
