@@ -113,7 +113,7 @@ def test_a_small_drift_moves_few_experts_and_the_rest_keep_their_slots(policy: A
     drifted = (load * torch.from_numpy(np.random.default_rng(1).lognormal(0, 0.1, load.shape))).to(torch.int32)
     new = rebalanced(policy, drifted, old)
     assert seconds(drifted, new) <= seconds(drifted, old)
-    assert moved(old, new) < moved(old, rebalanced(DefaultEplbPolicy, drifted, old)) / 4
+    assert moved(old, new) < moved(old, rebalanced(DefaultEplbPolicy, drifted, old)) / 3
     kept = DefaultEplbPolicy.preserve_intragpu_slots(new.numpy(), RANKS, old.numpy())
     assert np.array_equal(kept, new.numpy()), "vLLM's own rule finds nothing to put back"
 
