@@ -6,6 +6,8 @@ The same inside the real vLLM: tests/integration/engines.
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,6 +70,26 @@ def test_a_map_without_load_stays() -> None:
     old = torch.arange(SLOTS).flip(0).remainder(EXPERTS).repeat(LAYERS, 1)
     assert torch.equal(policy()(nothing, SLOTS, 1, 1, RANKS, old), old)
     assert policy()(nothing, SLOTS, 1, 1, RANKS).tolist() == [[slot % EXPERTS for slot in range(SLOTS)]] * LAYERS
+
+
+def test_the_profile_run_compiles_the_planner_and_tells_what_does_not_fit(caplog: pytest.LogCaptureFixture) -> None:
+    """Not the first rearrangement, when requests wait: in a process that has compiled nothing yet."""
+    script = (
+        "import torch\n"
+        "from poise.integrations.vllm.policy import SpeedAwareRebalance\n"
+        "from poise.integrations.vllm.settings import settings_from\n"
+        "from poise.plan.changes import repair_layers\n"
+        "from poise.plan.packing import place_layers\n"
+        f"policy = SpeedAwareRebalance(settings_from({ENVIRONMENT}), default=None, log=None)\n"
+        "assert not place_layers.signatures and not repair_layers.signatures\n"
+        f"old = torch.arange({SLOTS}).remainder({EXPERTS}).repeat({LAYERS}, 1)\n"
+        f"policy(torch.zeros({LAYERS}, {EXPERTS}), {SLOTS}, 1, 1, {RANKS}, old)\n"
+        "assert place_layers.signatures and repair_layers.signatures\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=300)
+    policy()(torch.zeros((LAYERS, EXPERTS)), SLOTS, 1, 1, RANKS - 3)
+    (record,) = caplog.records
+    assert "5 ranks on a machine of 8 devices" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ class SpeedAwareRebalance:
         self._default = default
         self._log = log
         self._is_told = False
+        self._is_warm = False
 
     def __call__(
         self,
@@ -67,6 +68,10 @@ class SpeedAwareRebalance:
             if machine is None:
                 raise UsageError(self._settings.problem or "there is no machine")
             if not load_LE.any():
+                if not self._is_warm:  # vLLM's profile run, before there are requests that would wait for the compiler
+                    self._is_warm = True
+                    even_LE = np.ones_like(load_LE)
+                    self._planned(even_LE, machine, num_replicas, num_groups, num_nodes, num_ranks, old_LP)
                 return torch.from_numpy(_contiguous(load_LE, num_replicas) if old_LP is None else old_LP)
             return torch.from_numpy(
                 self._planned(load_LE, machine, num_replicas, num_groups, num_nodes, num_ranks, old_LP)
