@@ -95,6 +95,14 @@ Quantize = Annotated[
         help="int4: round the experts to 4 bits, once, into a copy in the cache directory (~/.cache/poise), and run from that.",
     ),
 ]
+TableFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--correlation-table",
+        metavar="FILE",
+        help="Start from what `poise record --table` or --save-table wrote for this model; else learn while generating.",
+    ),
+]
 Temperature = Annotated[float, typer.Option(metavar="T", help="Randomness of the choice of tokens; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(metavar="P", help="Choose among the likeliest tokens that sum to P.")]
 TopK = Annotated[int | None, typer.Option(metavar="K", help="Choose among the K likeliest tokens.")]
@@ -181,6 +189,58 @@ def generate(
             json_output=json_output,
             expert_parallel=expert_parallel,
             balance=balance,
+        )
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "poise plan ./Mixtral-8x7B --memory 16GiB --prompts in.jsonl\n\n"
+    "poise plan ./OLMoE-1B-7B --memory 4GiB --num-requests 256 --prompt-tokens 512 --max-tokens 32",
+)
+def plan(
+    model: Model,
+    prompt_file: PromptFile = None,
+    num_requests: Annotated[
+        int | None, typer.Option(metavar="N", help="Without --prompts: how many requests to plan for; 32 if not given.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(metavar="P", help="Without --prompts: tokens of each prompt; 64 if not given.")
+    ] = None,
+    max_tokens: MaxTokens = 64,
+    memory: Memory = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = "none",
+    machine: MachineFile = None,
+    correlation_table: TableFile = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where tokens go, as `poise record --output` wrote it; else uniform."),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Shows what would run and why: batches, memory, disk, predicted speed and its limit. Runs nothing.
+
+    Times are those of this machine, measured briefly once, or of --machine.
+    """
+    from poise.cli.plan import PlanOptions, run_plan
+
+    run_plan(
+        PlanOptions(
+            model=model,
+            prompt_file=prompt_file,
+            num_requests=num_requests,
+            prompt_tokens=prompt_tokens,
+            memory=memory,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            machine=machine,
+            correlation_table=correlation_table,
+            trace=trace,
+            sampling=SamplingParams(max_tokens=max_tokens),
+            json_output=json_output,
         )
     )
 

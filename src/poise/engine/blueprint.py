@@ -24,16 +24,18 @@ from poise.engine.planning import (
     SHORTEST,
     UNKNOWN,
     Costs,
+    KnownRouting,
     activation_spec,
     layer_costs,
     measured_machine,
     model_spec,
+    routing_of,
     workload_of,
 )
 from poise.engine.prefetcher import prefetcher_bytes, read_table
 from poise.engine.probe import Probed, probe_ahead
 from poise.engine.prompts import token_ids
-from poise.engine.quantize import experts_in_4_bits
+from poise.engine.quantize import experts_in_4_bits, layout_in_4_bits
 from poise.engine.request import QUANTIZATIONS, Prompt
 from poise.engine.sampling import SamplingParams
 from poise.errors import BudgetError, UsageError
@@ -78,6 +80,7 @@ class Options:
     groups: Sequence[tuple[int, int]] | None = None
     scratch_directory: str | Path | None = None
     correlation_table: str | Path | None = None
+    trace: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu"):
@@ -112,6 +115,7 @@ class Blueprint:
     dense: DenseLayers
     pipeline: PipelineModel
     costs: Costs
+    routing: KnownRouting
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +137,12 @@ class Blueprint:
         """How to run it, with these dense weights if any are given. Raises BudgetError with the smallest budget that works."""
         pipeline = self.pipeline if dense is None else replace(self.pipeline, dense=(dense,))
         return plan_pipeline(
-            pipeline, self.costs.layers, workload, memory_bytes=self.budget_bytes, only=self.options.groups
+            pipeline,
+            self.costs.layers,
+            workload,
+            memory_bytes=self.budget_bytes,
+            routing=self.routing.chances,
+            only=self.options.groups,
         )
 
     def plan_to_load(self, rows: Sequence[Row]) -> PipelinePlan:
@@ -163,8 +172,12 @@ class Blueprint:
         return replace(self, pipeline=pipeline)
 
 
-def draw_up(model: str | Path, options: Options, *, on_made: OnMade | None = None) -> Blueprint:
+def draw_up(
+    model: str | Path, options: Options, *, on_made: OnMade | None = None, makes_store: bool = True
+) -> Blueprint:
     """``model``: a directory, or an id on the Hugging Face hub. ``on_made``: told of each expert put into the 4-bit store.
+
+    ``makes_store``: False leaves a 4-bit store that is not there unmade; such a blueprint can be planned with, not loaded.
 
     Raises UsageError (CheckpointError, MachineError, BudgetError) for what cannot run.
     """
@@ -182,7 +195,12 @@ def draw_up(model: str | Path, options: Options, *, on_made: OnMade | None = Non
     reset_peak()
     int4 = None
     if options.quantize == "int4":
-        layout, int4 = experts_in_4_bits(checkpoint, layout, meta, modules, budget_bytes=budget_bytes, on_made=on_made)
+        if makes_store:
+            layout, int4 = experts_in_4_bits(
+                checkpoint, layout, meta, modules, budget_bytes=budget_bytes, on_made=on_made
+            )
+        else:
+            layout = layout_in_4_bits(checkpoint, layout, meta, modules)
     elif options.expert_slots is None:
         layout = unpacked_if_it_fits(layout, budget_bytes - dense_nbytes(meta) - OVERHEAD_BYTES)
     scratch_bytes = _scratch_bytes(layout)
@@ -215,6 +233,7 @@ def draw_up(model: str | Path, options: Options, *, on_made: OnMade | None = Non
             may_move_cache=_may_move_cache(options, probed),
         ),
         costs=layer_costs(machine, meta, modules, dtype.dtype, spec),
+        routing=routing_of(checkpoint, spec, table=table, trace=options.trace),
     )
 
 

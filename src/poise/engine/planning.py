@@ -12,18 +12,24 @@ import torch
 
 from poise.cost.layer_costs import LayerShapes, MachineCosts, RooflineCosts
 from poise.engine.batch import Row
+from poise.engine.request import UNKNOWN_PROMPT_TOKENS, UNKNOWN_REQUESTS
 from poise.engine.sampling import SamplingParams
 from poise.errors import MachineError
+from poise.model.checkpoint import Checkpoint
 from poise.model.dense import dense_nbytes
+from poise.model.fingerprint import model_fingerprint
 from poise.model.inspect import ExpertsModule
 from poise.model.layout import CheckpointLayout
 from poise.plan.memory import ActivationSpec
 from poise.plan.passes import LayerCosts
+from poise.plan.routing import Routing
 from poise.plan.workload import Workload
+from poise.predict.correlation import CorrelationTable
 from poise.profile.calibrate import calibrate
 from poise.profile.subject import Subject, subject_of_checkpoint
 from poise.spec.machine import Machine
 from poise.spec.model_spec import ModelSpec
+from poise.spec.trace import TRACE_FORMAT, RoutingTrace
 from poise.units import GIB
 
 logger = logging.getLogger(__name__)
@@ -31,9 +37,12 @@ logger = logging.getLogger(__name__)
 MEASURED_BYTES = GIB
 """Models of fewer bytes are planned without measuring: that would take longer than most of their runs. Nor is anything
 measured within a smaller budget, in which it might not fit."""
-UNKNOWN = Workload(prompt_tokens=(64,) * 32, new_tokens=(SamplingParams().max_tokens,) * 32)
+UNKNOWN = Workload(
+    prompt_tokens=(UNKNOWN_PROMPT_TOKENS,) * UNKNOWN_REQUESTS,
+    new_tokens=(SamplingParams().max_tokens,) * UNKNOWN_REQUESTS,
+)
 """What is planned for where nobody says what will be asked."""
-ORDINARY = Workload(prompt_tokens=(64,), new_tokens=(SamplingParams().max_tokens,))
+ORDINARY = Workload(prompt_tokens=(UNKNOWN_PROMPT_TOKENS,), new_tokens=(SamplingParams().max_tokens,))
 """What the budget that a refusal names is enough for then."""
 SHORTEST = Workload(prompt_tokens=(1,), new_tokens=(1,))
 """A budget too small even for it is refused before anything is loaded."""
@@ -82,6 +91,34 @@ def layer_costs(
         itemsize=itemsize,
     )
     return Costs(layers=estimates, source="estimated (small model or budget)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownRouting:
+    """Where tokens go, and ``source``: how that is known, in words for the user. ``chances`` None: it is not known."""
+
+    chances: Routing | None
+    source: str
+
+
+UNIFORM = KnownRouting(chances=None, source="uniform, as none is recorded")
+
+
+def routing_of(
+    checkpoint: Checkpoint, spec: ModelSpec, *, table: CorrelationTable | None, trace: str | Path | None
+) -> KnownRouting:
+    """From what `poise record` wrote. Raises TraceError for a trace that is damaged or of another model."""
+    if trace is not None:
+        recorded = RoutingTrace.load(Path(trace))
+        fingerprint = model_fingerprint(checkpoint)
+        if recorded.model.rpartition("@")[2] != fingerprint or recorded.layers != spec.moe_layers:
+            raise TRACE_FORMAT.refusal(Path(trace), f"is of model {recorded.model[:60]}, and this one is {fingerprint}")
+        tokens = sum(recorded.tokens_per_step)
+        chances = Routing.recorded(recorded.load_LE, spec.top_k)
+        return KnownRouting(chances=chances, source=f"recorded, {tokens:,} tokens")
+    if table is None:
+        return UNIFORM
+    return KnownRouting(chances=Routing.recorded(table.chances_LE, spec.top_k), source="a correlation table")
 
 
 def workload_of(rows: Sequence[Row]) -> Workload:

@@ -37,14 +37,7 @@ def experts_in_4_bits(
     ``on_made`` is told of each expert that had to be made; None draws a bar. Raises CheckpointError for experts that cannot be
     held in 4 bits, a damaged store or a disk that is too full, BudgetError where there is no memory for making a store.
     """
-    experts = [model.get_submodule(module.name) for module in modules]
-    for module in experts:
-        if hasattr(module, "expert_forward"):
-            raise CheckpointError(
-                f"quantize 'int4' is not supported for {type(module).__name__}, whose experts have an arithmetic of their "
-                "own; leave quantize at 'none'"
-            )
-    transposed = bool(experts[0].is_transposed)
+    transposed = _is_transposed(model, modules)
     directory = store_directory(checkpoint)
     shards = plan_store(directory, layout, transposed=transposed)
     store = open_store(directory, shards)
@@ -71,6 +64,26 @@ def experts_in_4_bits(
             flush=True,
         )
     return int4_layout(layout, shards, store), store
+
+
+def layout_in_4_bits(
+    checkpoint: Checkpoint, layout: CheckpointLayout, model: Any, modules: Sequence[ExpertsModule]
+) -> CheckpointLayout:
+    """The same layout whether the store is there or not; nothing is made, so experts have no checksums and cannot be read."""
+    shards = plan_store(store_directory(checkpoint), layout, transposed=_is_transposed(model, modules))
+    return int4_layout(layout, shards, None)
+
+
+def _is_transposed(model: Any, modules: Sequence[ExpertsModule]) -> bool:
+    """Raises CheckpointError for experts that cannot be held in 4 bits."""
+    experts = [model.get_submodule(module.name) for module in modules]
+    for module in experts:
+        if hasattr(module, "expert_forward"):
+            raise CheckpointError(
+                f"quantize 'int4' is not supported for {type(module).__name__}, whose experts have an arithmetic of their "
+                "own; leave quantize at 'none'"
+            )
+    return bool(experts[0].is_transposed)
 
 
 @contextmanager

@@ -12,6 +12,9 @@ Prompt = str | Mapping[str, Sequence[int]]
 QUANTIZATIONS = ("none", "int4")
 """What the experts can be rounded to: nothing, or 4 bits (decision 007)."""
 
+UNKNOWN_REQUESTS, UNKNOWN_PROMPT_TOKENS = 32, 64
+"""So many requests of so many tokens are planned for where nobody says what will be asked."""
+
 FinishReason = Literal["stop", "length"]
 
 

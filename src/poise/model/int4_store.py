@@ -253,12 +253,14 @@ def manifest(checkpoint: Checkpoint, shards: Sequence[Shard], facts: Sequence[Sh
     return json.dumps(document | {"shards": made}, indent=1) + "\n"
 
 
-def int4_layout(layout: CheckpointLayout, shards: Sequence[Shard], store: Int4Store) -> CheckpointLayout:
-    """The same experts, read from the store."""
+def int4_layout(layout: CheckpointLayout, shards: Sequence[Shard], store: Int4Store | None) -> CheckpointLayout:
+    """The same experts, read from the store; None: as they will lie in one that is not made yet, without checksums."""
     placed = {
         (expert.layer, expert.expert): (expert.matrices, checksum)
         for shard in shards
-        for expert, checksum in zip(shard.experts, store.facts[shard.file.name].checksums, strict=True)
+        for expert, checksum in zip(
+            shard.experts, store.facts[shard.file.name].checksums if store else [None] * len(shard.experts), strict=True
+        )
     }
     rows = tuple(
         tuple(

@@ -86,6 +86,11 @@ class PipelinePlan:
         return self.dense.memory_bytes
 
     @property
+    def bound_frac(self) -> float:
+        """Share of the limit that is predicted (0-1)."""
+        return self.predicted_tokens_per_s / self.bound_tokens_per_s
+
+    @property
     def memory_bytes(self) -> int:
         """What the plan takes of the budget."""
         return sum(each.nbytes for each in self.tiers if each.tier == "memory" and each.what != "not used")

@@ -89,6 +89,11 @@ class CorrelationTable:
         chance_E = (self._chosen_LE[layer] + prior) / (self._tokens_L[layer] + PRIOR_TOKENS)
         return np.asarray(np.minimum(chance_E, MAX_CHANCE), dtype=np.float32)
 
+    @property
+    def chances_LE(self) -> Floats:
+        """``marginal_E`` of every layer."""
+        return np.stack([self.marginal_E(layer) for layer in range(self.num_layers)])
+
     def chances_TE(self, layer: int, previous_TK: Ints) -> Floats:
         """Chance of each token to choose each expert of ``layer``. For layer 0 only the number of rows counts."""
         marginal_E = self.marginal_E(layer)

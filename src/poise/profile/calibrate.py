@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def calibrate(
 
     ``cache_folder``: None is ``$XDG_CACHE_HOME/poise``, else ``~/.cache/poise``. What cannot be read or written there is said
     once, as a warning; so is a machine too busy to be measured, which is not kept. Memory beyond what ``subject`` holds stays
-    within about twice ``effort.scratch_bytes``. A bar is shown where standard error is a terminal. Raises ReadError when the
-    disk fails.
+    within about twice ``effort.scratch_bytes``. Standard error is told: a bar on a terminal, else a line. Raises ReadError
+    when the disk fails.
     """
     folder = default_cache_folder() if cache_folder is None else cache_folder
     file = folder / f"machine-{machine_fingerprint(subject, effort)}.json"
@@ -48,6 +49,8 @@ def calibrate(
             return Machine.load(file)
         except MachineError as error:
             logger.warning("%s; measuring anew", error)
+    if show_progress and not sys.stderr.isatty():
+        print("poise: measuring this machine once, 5 to 10 s", file=sys.stderr, flush=True)
     with progress_bar("Measuring this machine once", shown=show_progress) as on_progress:
         profile = profile_machine([subject], effort, on_progress=on_progress)
     machine, spread = profile.machine, typical_spread(profile.points)
