@@ -22,6 +22,10 @@ FLAGS = {
         "--prompts --output --resume --overwrite --max-tokens --memory --device --dtype --quantize --machine "
         "--timeline --temperature --top-p --top-k --seed --stop --ignore-eos --expert-parallel --balance --json"
     ),
+    "plan": (
+        "--prompts --num-requests --prompt-tokens --max-tokens --memory --device --dtype --quantize --machine "
+        "--correlation-table --trace --json"
+    ),
     "demo": "--json",
     "profile": "--merge --output --report --json",
     "record": "--prompts --output --table --max-tokens --memory --json",
@@ -120,6 +124,10 @@ def test_the_command_line_starts_without_torch() -> None:
         (["generate", "m", "x", "--resume", "--overwrite", "--output", "o"], "contradict each other"),
         (["generate", "m", "x", "--output", "bad.jsonl"], "output file"),
         (["generate", "m", "x", "--output", "none/out.jsonl"], "does not exist; create it"),
+        (["plan", "none"], "no such model directory: none"),
+        (["plan", "m", "--prompts", "bad.jsonl"], "bad.jsonl line 2: the line is not valid JSON"),
+        (["plan", "m", "--prompts", "bad.jsonl", "--num-requests", "3"], "leave out --num-requests"),
+        (["plan", "m", "--memory", "lots"], "memory size 'lots' is not understood"),
         (["profile", "--output", "none/machine.json"], "does not exist; create it"),
         (["profile", "--report", "."], "is not a regular file; name a file to write"),
         (["profile", "--output", "same", "--report", "same"], "name the same file same; give two names"),

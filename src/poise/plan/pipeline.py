@@ -88,7 +88,7 @@ class PipelinePlan:
     @property
     def bound_frac(self) -> float:
         """Share of the limit that is predicted (0-1)."""
-        return self.predicted_tokens_per_s / self.bound_tokens_per_s
+        return min(1.0, self.predicted_tokens_per_s / self.bound_tokens_per_s)
 
     @property
     def memory_bytes(self) -> int:
