@@ -20,7 +20,8 @@ POISE = (sys.executable, "-m", "poise")
 FLAGS = {
     "generate": (
         "--prompts --output --resume --overwrite --max-tokens --memory --device --dtype --quantize --machine "
-        "--timeline --temperature --top-p --top-k --seed --stop --ignore-eos --expert-parallel --balance --json"
+        "--timeline --correlation-table --save-table --temperature --top-p --top-k --seed --stop --ignore-eos "
+        "--expert-parallel --balance --json"
     ),
     "plan": (
         "--prompts --num-requests --prompt-tokens --max-tokens --memory --device --dtype --quantize --machine "
@@ -124,6 +125,8 @@ def test_the_command_line_starts_without_torch() -> None:
         (["generate", "m", "x", "--resume", "--overwrite", "--output", "o"], "contradict each other"),
         (["generate", "m", "x", "--output", "bad.jsonl"], "output file"),
         (["generate", "m", "x", "--output", "none/out.jsonl"], "does not exist; create it"),
+        (["generate", "m", "x", "--save-table", "none/t"], "does not exist; create it"),
+        (["generate", "m", "x", "--save-table", "t", "--timeline", "t"], "name the same file t; give two names"),
         (["plan", "none"], "no such model directory: none"),
         (["plan", "m", "--prompts", "bad.jsonl"], "bad.jsonl line 2: the line is not valid JSON"),
         (["plan", "m", "--prompts", "bad.jsonl", "--num-requests", "3"], "leave out --num-requests"),

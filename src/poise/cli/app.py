@@ -103,6 +103,12 @@ TableFile = Annotated[
         help="Start from what `poise record --table` or --save-table wrote for this model; else learn while generating.",
     ),
 ]
+SaveTable = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Write the correlation table as learnt by the end, also of a run that is interrupted."
+    ),
+]
 Temperature = Annotated[float, typer.Option(metavar="T", help="Randomness of the choice of tokens; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(metavar="P", help="Choose among the likeliest tokens that sum to P.")]
 TopK = Annotated[int | None, typer.Option(metavar="K", help="Choose among the K likeliest tokens.")]
@@ -146,6 +152,8 @@ def generate(
     quantize: Quantize = "none",
     machine: MachineFile = None,
     timeline: TimelineFile = None,
+    correlation_table: TableFile = None,
+    save_table: SaveTable = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = None,
@@ -185,6 +193,8 @@ def generate(
             quantize=quantize,
             machine=machine,
             timeline=timeline,
+            correlation_table=correlation_table,
+            save_table=save_table,
             sampling=sampling,
             json_output=json_output,
             expert_parallel=expert_parallel,

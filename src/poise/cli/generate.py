@@ -55,6 +55,8 @@ class GenerateOptions:
     quantize: str
     machine: Path | None
     timeline: Path | None
+    correlation_table: Path | None
+    save_table: Path | None
     sampling: SamplingParams
     json_output: bool
     expert_parallel: bool = False
@@ -74,10 +76,19 @@ class GenerateOptions:
             raise UsageError("--balance is about ranks that share the experts; give --expert-parallel as well")
         if self.expert_parallel and (self.quantize != "none" or self.timeline is not None):
             raise UsageError("--quantize and --timeline do not go with --expert-parallel yet; leave them out")
+        if self.expert_parallel and (self.correlation_table is not None or self.save_table is not None):
+            raise UsageError("--correlation-table and --save-table do not go with --expert-parallel; leave them out")
         if self.memory != "auto":
             parse_bytes(self.memory)
-        if self.timeline is not None:
-            writable_file(self.timeline)
+        written = [("--output", self.output), ("--timeline", self.timeline), ("--save-table", self.save_table)]
+        named: dict[Path, str] = {}
+        for flag, path in written:
+            if path is None:
+                continue
+            target = path.resolve() if flag == "--output" else writable_file(path)
+            if target in named:
+                raise UsageError(f"{named[target]} and {flag} name the same file {path}; give two names")
+            named[target] = flag
 
 
 def run_generate(options: GenerateOptions) -> None:
@@ -158,14 +169,17 @@ def _generate(
                 _say_header(llm.describe())
                 timeline = None if options.timeline is None else Timeline()
                 if isinstance(llm, LLM):
-                    llm.generate(
-                        [prompt for prompt, _ in asked],
-                        sampling,
-                        on_text=view.on_text if view.streams else None,
-                        on_result=view.on_result,
-                        on_progress=view.on_progress,
-                        timeline=timeline,
-                    )
+                    try:
+                        llm.generate(
+                            [prompt for prompt, _ in asked],
+                            sampling,
+                            on_text=view.on_text if view.streams else None,
+                            on_result=view.on_result,
+                            on_progress=view.on_progress,
+                            timeline=timeline,
+                        )
+                    finally:
+                        _save_table(options, llm, view)
                 else:
                     llm.generate(
                         [prompt for prompt, _ in asked],
@@ -198,6 +212,8 @@ def _open(options: GenerateOptions, asked: Sequence[tuple[Prompt, SamplingParams
         dtype=options.dtype,
         quantize=options.quantize,
         machine=options.machine,
+        correlation_table=options.correlation_table,
+        learns_table=options.save_table is not None,
         on_made=view.on_made,
         expected=asked,
     )
@@ -214,6 +230,13 @@ def _open_ranks(options: GenerateOptions, launch: Launch, view: _View | None) ->
         balance=options.balance,
         on_loaded=None if view is None else view.on_loaded,
     )
+
+
+def _save_table(options: GenerateOptions, llm: LLM, view: _View) -> None:
+    """As far as it has learnt, also when the run was interrupted."""
+    if options.save_table is not None and llm.save_table(options.save_table):
+        view.bar.clear()
+        say(f"correlation table in {options.save_table}")
 
 
 def _write_timeline(path: Path, timeline: Timeline) -> None:

@@ -133,15 +133,20 @@ class Blueprint:
         ids = token_ids(prompt, params, index=index, tokenizer=self.tokenizer, **limits)
         return Row(index, ids, params, self.tokenizer)
 
-    def plan(self, workload: Workload, *, dense: DensePlan | None = None) -> PipelinePlan:
-        """How to run it, with these dense weights if any are given. Raises BudgetError with the smallest budget that works."""
+    def plan(
+        self, workload: Workload, *, dense: DensePlan | None = None, routing: KnownRouting | None = None
+    ) -> PipelinePlan:
+        """How to run it, with these dense weights if any are given; ``routing``: what is known by now, else what was at first.
+
+        Raises BudgetError, which names the smallest budget that works.
+        """
         pipeline = self.pipeline if dense is None else replace(self.pipeline, dense=(dense,))
         return plan_pipeline(
             pipeline,
             self.costs.layers,
             workload,
             memory_bytes=self.budget_bytes,
-            routing=self.routing.chances,
+            routing=(routing or self.routing).chances,
             only=self.options.groups,
         )
 

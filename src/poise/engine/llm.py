@@ -17,18 +17,20 @@ from typing import Any
 from poise.engine.batch import Row
 from poise.engine.blueprint import READER_THREADS, Blueprint, Options, draw_up
 from poise.engine.dense_weights import DenseWeights, load_resident
+from poise.engine.facts import model_facts, plan_facts
 from poise.engine.finite import cause_of_not_finite
 from poise.engine.footprint import give_back_freed_memory, peak_resident_bytes, return_freed_memory
 from poise.engine.kv_file import open_kv, refuse_if_disk_is_full
 from poise.engine.loop import Listeners, Loop, OnLogits, OnProgress, OnText
-from poise.engine.planning import workload_of
-from poise.engine.prefetcher import make_prefetcher
+from poise.engine.planning import routing_in, workload_of
+from poise.engine.prefetcher import Prefetcher, empty_table, make_prefetcher
 from poise.engine.probe import probe
 from poise.engine.prompts import as_list, params_for
 from poise.engine.request import Progress, Prompt, RequestOutput
 from poise.engine.runner import Runner
 from poise.engine.sampling import SamplingParams
 from poise.errors import BudgetError, CheckpointError, UsageError
+from poise.model.fingerprint import model_fingerprint
 from poise.model.int4_making import OnMade
 from poise.model.weights import converter_for
 from poise.offload.expert_store import ExpertStore
@@ -54,12 +56,13 @@ class LLM:
     this device is far slower at it (``describe()`` says why). ``quantize``: ``"int4"`` takes the experts from a 4-bit copy,
     which is made first where there is none; ``on_made(done, total)`` is told of it instead of a bar. ``expert_slots`` caps
     the experts held in memory below what the budget allows. ``dense_layers``: how many layers' dense weights stay in memory,
-    the others being read in every pass; None: as many as fit. ``kv_on_disk``: keys and values of batches that are not
-    computing lie in an unnamed file in ``scratch_directory`` (None: where temporary files go); None: where that is planned to
-    be faster. ``machine``: what this machine was measured to take, or the file that `poise profile` wrote; None: measured
-    briefly, once. ``policy``: how passes run. ``correlation_table``: what `poise record --table` wrote,
-    else it is learnt while generating. ``groups``: (batch size, batches) among which to choose; None: any. ``expected``: what
-    ``generate`` will be given, if that is known; what is wrong with it is then said before weights are read. Raises
+    the others being read in every pass; None: as many as is fastest, decided anew for each call. ``kv_on_disk``: keys and
+    values of batches that are not computing lie in an unnamed file in ``scratch_directory`` (None: where temporary files go);
+    None: where that is planned to be faster. ``machine``: what this machine was measured to take, or the file that `poise
+    profile` wrote; None: measured briefly, once. ``policy``: how passes run. ``correlation_table``: what `poise record
+    --table` or ``save_table`` wrote, else it is learnt while generating; ``learns_table``: also where no expert streams.
+    ``groups``: (batch size, batches) among which to choose; None: any. ``expected``: what ``generate`` will be given, if that
+    is known; what is wrong with it is then said before weights are read. Raises
     UsageError (CheckpointError, BudgetError) with one clear line for anything that cannot run.
     """
 
@@ -77,6 +80,7 @@ class LLM:
         machine: Machine | str | Path | None = None,
         policy: Policy | None = None,
         correlation_table: str | Path | None = None,
+        learns_table: bool = False,
         groups: Sequence[tuple[int, int]] | None = None,
         scratch_directory: str | Path | None = None,
         on_made: OnMade | None = None,
@@ -88,6 +92,7 @@ class LLM:
         self._last: Progress | None = None
         self._plan: PipelinePlan | None = None
         self._policy = policy or Policy()
+        self._learns_table = learns_table
         return_freed_memory()
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, str(COMPILED_KERNELS))
@@ -124,7 +129,9 @@ class LLM:
             self._kv = open_kv(drawn.options.scratch_directory)
         self._runner = Runner(drawn.model, drawn.modules, store, dense=self._dense.stream)
         self._blueprint = drawn.corrected(probe(drawn.model, drawn.device))
-        self._prefetcher = make_prefetcher(self._policy, self.spec, store, drawn.table)
+        self._table = drawn.table or empty_table(self.spec)
+        self._learner = Prefetcher(self._table, None)
+        self._prefetcher = make_prefetcher(self._policy, store, self._table)
 
     @property
     def spec(self) -> ModelSpec:
@@ -153,44 +160,12 @@ class LLM:
 
     def describe(self) -> dict[str, object]:
         """Plain numbers about the model and, after a call of ``generate``, the plan it ran under."""
-        plan, drawn = self._plan, self._blueprint
-        facts: dict[str, object] = {
-            "architecture": self.spec.architecture,
-            "layers": self.spec.num_layers,
-            "moe_layers": len(self.spec.moe_layers),
-            "experts_per_layer": max(self.spec.experts_L),
-            "top_k": self.spec.top_k,
-            "expert_bytes": self.spec.expert_bytes,
+        facts = model_facts(self._blueprint) | {
             "dense_layers_streamed": len(self._loaded().plan.streamed),
             "kv_on_disk": self._runner.kv is not None,
-            "costs": drawn.costs.source,
-            "dense_bytes": self.spec.dense_bytes,
-            "total_bytes": self.spec.total_bytes,
-            "dtype": self.spec.dtype,
-            "dtype_reason": drawn.dtype.reason,
-            "quantize": "none" if drawn.int4 is None else "int4",
-            "budget_bytes": self.budget_bytes,
-            "base_bytes": self.base_bytes,
             "direct_io": self._open().is_direct,
         }
-        if drawn.int4 is not None:
-            facts |= {"int4_store": str(drawn.int4.directory), "int4_weight_error": round(drawn.int4.weight_error, 4)}
-        if plan is not None:
-            facts |= {
-                "batch_size": plan.group.batch_size,
-                "num_batches": plan.group.num_batches,
-                "chunk_tokens": plan.group.chunk_tokens,
-                "pass_tokens": plan.group.pass_tokens,
-                "prefetch_experts": plan.prefetch_experts,
-                "expert_slots": plan.num_slots,
-                "experts": sum(self.spec.experts_L),
-                "cache_bytes": plan.cache_bytes,
-                "activation_bytes": plan.activation_bytes,
-                "predicted_tokens_per_s": round(plan.predicted_tokens_per_s, 2),
-                "bound_tokens_per_s": round(plan.bound_tokens_per_s, 2),
-                "bottleneck": plan.bottleneck,
-            }
-        return facts
+        return facts if self._plan is None else facts | plan_facts(self._blueprint, self._plan)
 
     def generate(
         self,
@@ -225,7 +200,7 @@ class LLM:
         store.resize(plan.num_slots)
         store.policy = self._policy if self._policy.ahead else replace(self._policy, ahead=plan.prefetch_experts)
         store.timeline = timeline
-        self._runner.listen(self._prefetcher, on=plan.num_slots < sum(self.spec.experts_L))
+        self._listen(streams=plan.num_slots < sum(self.spec.experts_L))
         results: dict[int, RequestOutput] = {}
 
         def finished(row: Row) -> None:
@@ -259,6 +234,16 @@ class LLM:
         """The final figures of the last call of ``generate``."""
         return self._last
 
+    def save_table(self, path: str | Path) -> bool:
+        """Writes the correlation table as learnt so far, whole or not at all; False, and no file, if no pass was learnt from.
+
+        What ``correlation_table`` takes. Only passes in which experts stream teach it, unless ``learns_table`` was asked for.
+        Raises TraceError if it cannot be written.
+        """
+        if self._passes_learnt:
+            self._table.save(Path(path), model=model_fingerprint(self._blueprint.checkpoint))
+        return self._passes_learnt > 0
+
     def close(self) -> None:
         """Ends the reader threads and gives the experts' memory back. Safe to call twice."""
         if self._store is not None:
@@ -281,6 +266,16 @@ class LLM:
             raise UsageError("this LLM is closed; make a new one")
         return self._store
 
+    @property
+    def _passes_learnt(self) -> int:
+        return sum(each.passes for each in (self._learner, self._prefetcher) if each is not None)
+
+    def _listen(self, *, streams: bool) -> None:
+        """Has the prefetcher look ahead where experts stream; where none does, the table learns if it is to."""
+        self._runner.listen(self._prefetcher, on=streams)
+        learns_alone = self._prefetcher is None or not streams
+        self._runner.listen(self._learner, on=self._learns_table and learns_alone)
+
     def _loaded(self) -> DenseWeights:
         assert self._dense is not None, "the model is loaded"
         return self._dense
@@ -288,11 +283,12 @@ class LLM:
     def _plan_for(self, rows: Sequence[Row]) -> PipelinePlan:
         """The best plan, or the best with the dense weights as they lie if changing that would not pay."""
         drawn, workload, loaded = self._blueprint, workload_of(rows), self._loaded().plan
-        best = drawn.plan(workload)
+        known = routing_in(self._table, self.spec) if self._passes_learnt else None
+        best = drawn.plan(workload, routing=known)
         if best.dense == loaded:
             return best
         try:
-            kept = drawn.plan(workload, dense=loaded)
+            kept = drawn.plan(workload, dense=loaded, routing=known)
         except BudgetError:
             return best
         return best if worth_changing(kept, best, disk_bytes_per_s=drawn.costs.layers.disk_bytes_per_s) else kept

@@ -47,6 +47,9 @@ ORDINARY = Workload(prompt_tokens=(UNKNOWN_PROMPT_TOKENS,), new_tokens=(Sampling
 SHORTEST = Workload(prompt_tokens=(1,), new_tokens=(1,))
 """A budget too small even for it is refused before anything is loaded."""
 
+ENOUGH_CHOICES = 8
+"""A correlation table must have seen so many choices of the average expert for planning to go by it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
@@ -116,7 +119,12 @@ def routing_of(
         tokens = sum(recorded.tokens_per_step)
         chances = Routing.recorded(recorded.load_LE, spec.top_k)
         return KnownRouting(chances=chances, source=f"recorded, {tokens:,} tokens")
-    if table is None:
+    return UNIFORM if table is None else routing_in(table, spec)
+
+
+def routing_in(table: CorrelationTable, spec: ModelSpec) -> KnownRouting:
+    """From a correlation table; one that has seen too few tokens would take chance for preference, and is not asked."""
+    if table.num_tokens * spec.top_k < ENOUGH_CHOICES * max(spec.experts_L):
         return UNIFORM
     return KnownRouting(chances=Routing.recorded(table.chances_LE, spec.top_k), source="a correlation table")
 

@@ -18,9 +18,13 @@ MAX_LEARNT = 256
 
 
 class Prefetcher:
-    """A routing listener that foresees, for ``store``, each layer from the one before (the first from its marginals)."""
+    """A routing listener that foresees, for ``store``, each layer from the one before (the first from its marginals).
 
-    def __init__(self, table: CorrelationTable, store: ExpertStore) -> None:
+    Without a store it only learns. ``passes``: those that it has learnt from to their end.
+    """
+
+    def __init__(self, table: CorrelationTable, store: ExpertStore | None) -> None:
+        self.passes = 0
         self._table = table
         self._store = store
         self._previous_TK: Ints | None = None
@@ -28,10 +32,12 @@ class Prefetcher:
     def on_layer(self, layer: int, chosen_TK: Ints) -> None:
         """See ``engine.routing``. Predicts first: what is learnt from this layer concerns the next pass."""
         after = (layer + 1) % self._table.num_layers
-        self._store.foresee(after, self._table.used_probability_E(after, chosen_TK))
+        if self._store is not None:
+            self._store.foresee(after, self._table.used_probability_E(after, chosen_TK))
         learnt_TK = sampled(chosen_TK, MAX_LEARNT)
         self._table.observe(layer, learnt_TK, self._previous_TK if layer else None)
         self._previous_TK = learnt_TK
+        self.passes += after == 0
 
 
 def prefetcher_bytes(sources_LE: Sequence[Sequence[object]]) -> int:
@@ -49,13 +55,13 @@ def read_table(path: str | Path | None, checkpoint: Checkpoint) -> CorrelationTa
     return table
 
 
-def make_prefetcher(
-    policy: Policy, spec: ModelSpec, store: ExpertStore, table: CorrelationTable | None
-) -> Prefetcher | None:
-    """None where the policy has no use for one. Without a table it begins with an empty one."""
-    if policy.read_ahead not in ("foreseen", "hot"):
-        return None
+def empty_table(spec: ModelSpec) -> CorrelationTable:
+    """A table for the model that knows nothing yet."""
     num_experts = max(spec.experts_L)
     top_k = min(max(1, spec.top_k), num_experts)
-    empty = CorrelationTable(num_layers=len(spec.moe_layers), num_experts=num_experts, top_k=top_k)
-    return Prefetcher(table or empty, store)
+    return CorrelationTable(num_layers=len(spec.moe_layers), num_experts=num_experts, top_k=top_k)
+
+
+def make_prefetcher(policy: Policy, store: ExpertStore, table: CorrelationTable) -> Prefetcher | None:
+    """None where the policy has no use for one."""
+    return Prefetcher(table, store) if policy.read_ahead in ("foreseen", "hot") else None

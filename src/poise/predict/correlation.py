@@ -90,6 +90,11 @@ class CorrelationTable:
         return np.asarray(np.minimum(chance_E, MAX_CHANCE), dtype=np.float32)
 
     @property
+    def num_tokens(self) -> float:
+        """Tokens that it has learnt from, old ones counting less: of the layer that has seen fewest."""
+        return float(self._tokens_L.min())
+
+    @property
     def chances_LE(self) -> Floats:
         """``marginal_E`` of every layer."""
         return np.stack([self.marginal_E(layer) for layer in range(self.num_layers)])
