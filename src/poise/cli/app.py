@@ -100,7 +100,7 @@ TableFile = Annotated[
     typer.Option(
         "--correlation-table",
         metavar="FILE",
-        help="Start from what `poise record --table` or --save-table wrote for this model; else learn while generating.",
+        help="Begin with the correlation table that `poise record` or --save-table wrote for this model.",
     ),
 ]
 SaveTable = Annotated[
