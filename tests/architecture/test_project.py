@@ -43,5 +43,5 @@ def test_every_table_of_commands_matches_the_command_line() -> None:
         [sys.executable, "-m", "poise", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert shown == {
-        command for command in ("demo", "generate", "profile", "record", "place", "bench") if command in helped
+        command for command in ("demo", "generate", "plan", "profile", "record", "place", "bench") if command in helped
     }
