@@ -107,7 +107,7 @@ def test_a_disk_that_fails_is_said_and_the_call_can_be_repeated(
 
         assert llm._loaded().stream is not None
         with monkeypatch.context() as patch:
-            patch.setattr(llm._loaded().stream._reader, "submit", lambda reads, done: fail(None, reads, done))  # type: ignore[arg-type]
+            patch.setattr(llm._loaded().stream._reader, "submit", lambda reads, done, label: fail(None, reads, done))  # type: ignore[arg-type]
             with pytest.raises(ReadError):
                 llm.generate(prompts, PARAMS)
         assert ids_of(llm, prompts) == want

@@ -31,6 +31,7 @@ from poise.bench.disk import scratch_file
 from poise.bench.machine import stamp
 from poise.bench.results import document, write_result
 from poise.offload.kv_stream import KvStream
+from poise.plan.schedule import schedule_pass
 from poise.units import GIB, MIB, format_bytes
 
 NAME = "kv"
@@ -148,11 +149,13 @@ def _pass(stream: KvStream | None, caches: Sequence[Any], tokens: int, attend: A
     began = time.perf_counter()
     if stream is not None:
         stream.begin_pass(caches)
-    for layer in range(LAYERS):
-        for cache in caches:
-            attend(*cache.update(keys_BHTD, keys_BHTD, layer))
-    if stream is not None:
-        stream.end_pass()
+    for step in schedule_pass(num_layers=LAYERS - 1, num_batches=len(caches), kv_on_disk=stream is not None).steps:
+        if step.kind == "kv" and stream is not None:
+            stream.expect(step.layer, step.batch or 0)
+        elif step.kind == "attention":
+            if stream is not None:
+                stream.attend(step.layer)
+            attend(*caches[step.batch or 0].update(keys_BHTD, keys_BHTD, step.layer))
     return time.perf_counter() - began
 
 

@@ -27,7 +27,7 @@ from poise.bench.machine import stamp
 from poise.bench.results import document, write_result
 from poise.bench.routed_text import EXPERTS, LAYERS, TOP_K, RoutedText, route_text
 from poise.engine.prefetcher import MAX_LEARNT
-from poise.offload.expert_store import PROBABILITY_WEIGHT
+from poise.plan.outlook import PROBABILITY_WEIGHT
 from poise.plan.residency import updated_probability_E
 from poise.predict.correlation import CorrelationTable, sampled
 

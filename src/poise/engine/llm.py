@@ -198,7 +198,8 @@ class LLM:
         give_back_freed_memory()
         self._use_dense(plan)
         store.resize(plan.num_slots)
-        store.policy = self._policy if self._policy.ahead else replace(self._policy, ahead=plan.prefetch_experts)
+        ahead = self._policy.ahead or plan.prefetch_experts
+        self._runner.policy = replace(self._policy, ahead=ahead)
         store.timeline = timeline
         self._listen(streams=plan.num_slots < sum(self.spec.experts_L))
         results: dict[int, RequestOutput] = {}

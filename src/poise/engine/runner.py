@@ -1,28 +1,23 @@
-"""Runs a group of forward passes in lockstep: batch by batch up to the experts, each expert once, and on.
-
-This is Klotski's order (section 4 of the paper): attention batch by batch, router by router, then the experts of all
-batches together. As soon as a batch has parked its experts are asked for, while the next batch's attention computes.
-"""
+"""A model whose weights are streamed: makes each pass's schedule, and has the executor run it over a group of batches."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from time import perf_counter_ns
 from typing import Any
 
 import torch
 
-from poise.engine.routing import RoutingListener, choices_TK
+from poise.engine.executor import Executor
+from poise.engine.routing import RoutingListener
 from poise.model.inspect import ExpertsModule
-from poise.model.moe_layer import chosen_experts, run_experts
-from poise.model.seam import Forward, Parked, attach
+from poise.model.seam import Forward, attach
 from poise.offload.dense_stream import DenseStream
 from poise.offload.expert_store import ExpertStore
 from poise.offload.kv_stream import KvStream
+from poise.plan.schedule import Policy, Schedule, schedule_pass
 from poise.spec.timeline import COMPUTE
 
 
@@ -38,7 +33,10 @@ class ForwardInputs:
 
 
 class Runner:
-    """A model whose experts are in a store. One thread only; ``run`` leaves no forward behind, whatever happens."""
+    """A model whose experts are in a store. One thread only; ``run`` leaves no forward behind, whatever happens.
+
+    ``policy``: the rules for experts of the passes to come. ``kv``: whose caches lie on disk; None: they are in memory.
+    """
 
     def __init__(
         self,
@@ -56,15 +54,28 @@ class Runner:
         self.kv = kv
         self._position = {id(model.get_submodule(module.name)): index for index, module in enumerate(modules)}
         self._num_layers = len(modules)
+        self._streamed = _layers_before(modules, [] if dense is None else dense.names)
+        self._last: tuple[tuple[int, bool, Policy], Schedule] | None = None
+        self.policy = Policy()
         self._listeners: list[RoutingListener] = []
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
 
     def run(self, group: Sequence[ForwardInputs]) -> list[torch.Tensor]:
         """One pass over the layers for every batch of the group. Returns each batch's logits (rows, kept tokens, V)."""
-        with torch.inference_mode(), self._streams(group):
+        schedule = self._schedule(len(group))
+        with torch.inference_mode(), self._streams(group, schedule):
             forwards = [Forward(self._forward(inputs.arguments)) for inputs in group]
+            executor = Executor(
+                forwards,
+                [inputs.real_T for inputs in group],
+                position=self._position,
+                store=self.store,
+                dense=self.dense,
+                kv=self.kv,
+                listeners=self._listeners,
+            )
             try:
-                return self._lockstep(forwards, [inputs.real_T for inputs in group])
+                return executor.run(schedule)
             except BaseException:
                 for forward in forwards:
                     forward.abort()
@@ -88,66 +99,39 @@ class Runner:
         return run
 
     @contextmanager
-    def _streams(self, group: Sequence[ForwardInputs]) -> Iterator[None]:
-        """Tells what else is streamed of a pass's begin and end."""
+    def _streams(self, group: Sequence[ForwardInputs], schedule: Schedule) -> Iterator[None]:
+        """Tells whatever is streamed of a pass's begin and end."""
+        timeline = self.store.timeline
+        self.store.policy = schedule.policy
         if self.dense is not None:
-            self.dense.begin_pass(len(group))
+            self.dense.timeline = timeline
+            self.dense.begin_pass()
         if self.kv is not None:
+            self.kv.timeline = timeline
             self.kv.begin_pass([inputs.arguments["past_key_values"] for inputs in group])
         try:
-            yield
+            with nullcontext() if timeline is None else timeline.span(COMPUTE, "pass"):
+                yield
         finally:
             if self.dense is not None:
                 self.dense.end_pass()
-            if self.kv is not None:
-                self.kv.end_pass()
 
-    def _lockstep(self, forwards: Sequence[Forward], real: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        parked = self._to_experts(forwards, [forward.start for forward in forwards], real, 0)
-        for layer in range(self._num_layers):
-            self._tell(layer, parked, real)
-            outputs = run_experts(self.store, parked, real, layer=layer, timeline=self.store.timeline)
-            steps = [partial(forward.resume, output) for forward, output in zip(forwards, outputs, strict=True)]
-            parked = self._to_experts(forwards, steps, real, layer + 1)
-        results = [forward.result for forward in forwards if forward.result is not None]
-        assert len(results) == len(forwards), "a forward parked more often than the model has MoE layers"
-        return results
+    def _schedule(self, num_batches: int) -> Schedule:
+        """The pass of so many batches; the last one is kept, as most passes are like the one before."""
+        of = num_batches, self.kv is not None, self.policy
+        if self._last is None or self._last[0] != of:
+            schedule = schedule_pass(
+                num_layers=self._num_layers,
+                num_batches=num_batches,
+                streamed=self._streamed,
+                kv_on_disk=self.kv is not None,
+                policy=self.policy,
+            )
+            self._last = of, schedule
+        return self._last[1]
 
-    def _to_experts(
-        self,
-        forwards: Sequence[Forward],
-        steps: Sequence[Callable[[], Parked | None]],
-        real: Sequence[torch.Tensor | None],
-        layer: int,
-    ) -> list[Parked]:
-        """Runs every batch to the experts of a MoE layer, or behind the last to its end; through doors all together."""
-        while True:
-            parked = []
-            for batch, (forward, step, mask) in enumerate(zip(forwards, steps, real, strict=True)):
-                began_ns = perf_counter_ns()
-                now = step()
-                if self.store.timeline is not None:
-                    self.store.timeline.add(COMPUTE, "attention", began_ns, layer=layer, batch=batch)
-                if layer < self._num_layers and not forward.is_at_door:
-                    parked.append(self._parked(now, mask, layer))
-            if not any(forward.is_at_door for forward in forwards):
-                return parked
-            assert all(forward.is_at_door for forward in forwards), "a batch waits at a door that others do not come to"
-            steps = [forward.go_on for forward in forwards]
 
-    def _tell(self, layer: int, parked: Sequence[Parked], real: Sequence[torch.Tensor | None]) -> None:
-        if self._listeners:
-            chosen_TK = choices_TK(parked, real)
-            for listener in self._listeners:
-                listener.on_layer(layer, chosen_TK)
-
-    def _parked(self, now: Parked | None, mask: torch.Tensor | None, layer: int) -> Parked:
-        """Checks that a batch stands where all others do, and asks for its experts."""
-        assert now is not None, f"a forward ended before its {layer + 1}th MoE layer"
-        position = self._position.get(id(now.module))
-        assert position == layer, f"a batch parked at MoE layer {position} while the group is at {layer}"
-        assert mask is None or len(mask) == len(now.hidden_TH), (
-            "the experts see another number of tokens than the batch has"
-        )
-        self.store.request(layer, chosen_experts(now, mask))
-        return now
+def _layers_before(modules: Sequence[ExpertsModule], streamed: Sequence[str]) -> tuple[int, ...]:
+    """For each streamed decoder layer, by name: how many MoE layers lie before it."""
+    number = [int(name.rpartition(".")[2]) for name in streamed]
+    return tuple(sum(module.layer < layer for module in modules) for layer in number)

@@ -1,9 +1,10 @@
 """Dense weights of decoder layers, read layer by layer through a few slots, behind compute.
 
-A hook before each streamed layer stops every batch of the group at a door (``model.seam``); when all are there, the layer
-before is left by everyone, its slot takes the next read, and the layer's parameters are laid over its own slot. Outside its
-turn a streamed parameter lies on the meta device, so that a use at the wrong time fails. Embeddings, the head, buffers and
-what is no plain tensor on disk are not here: they stay in memory (``model.decoder_layers``).
+A hook before each streamed layer stops every batch of a pass at a door (``model.seam``). When all are there, ``enter``: the
+layer before is left by everyone, its slot takes the next read, and the layer's parameters are laid over its own slot. Outside
+a pass a single forward goes through of itself. Outside its turn a streamed parameter lies on the meta device, so that a use
+at the wrong time fails. Embeddings, the head, buffers and what is no plain tensor on disk are not here: they stay in memory
+(``model.decoder_layers``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import Any
 
 from torch import nn
@@ -23,6 +25,7 @@ from poise.model.read_plan import ReadPlan, plan_reads
 from poise.model.reader import Reader
 from poise.model.seam import wait_for_the_others
 from poise.plan.dense import NUM_SLOTS
+from poise.spec.timeline import COMPUTE, Timeline
 
 READER_THREADS = 1
 """A layer is a few large reads in a row; experts are read beside it."""
@@ -65,6 +68,7 @@ class DenseStream:
         self._plans = [plan_reads(list(layer.parts.values())) for layer in layers]
         self._arena = Arena(NUM_SLOTS, max(plan.nbytes for plan in self._plans))
         self._slots = [_Slot() for _ in range(NUM_SLOTS)]
+        self.names = [layer.name for layer in layers]
         self._parameters_LS = [
             [_laid_out(model, layer, plan, self._arena, slot) for slot in range(NUM_SLOTS)]
             for layer, plan in zip(layers, self._plans, strict=True)
@@ -77,7 +81,7 @@ class DenseStream:
         self._reader = Reader([ref.file for layer in layers for ref in layer.parts.values()], threads=READER_THREADS)
         self._changed = threading.Condition()
         self._current: int | None = None
-        self._group = 1
+        self._is_in_pass = False
         self.counters = DenseCounters()
         self._hooks = [
             model.get_submodule(layer.name).register_forward_pre_hook(functools.partial(self._at_door, position))
@@ -85,13 +89,22 @@ class DenseStream:
         ]
         self._read_ahead(0)
 
-    def begin_pass(self, num_batches: int) -> None:
-        """Says how many batches come to each layer."""
-        self._group = num_batches
+    @property
+    def timeline(self) -> Timeline | None:
+        """Where reads and waits are noted, if anywhere."""
+        return self._reader.timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Timeline | None) -> None:
+        self._reader.timeline = timeline
+
+    def begin_pass(self) -> None:
+        """From now on batches stop at doors."""
+        self._is_in_pass = True
 
     def end_pass(self) -> None:
         """All batches have ended, or were aborted: the first layers of the next pass are read."""
-        self._group = 1
+        self._is_in_pass = False
         self._leave()
         self._read_ahead(0)
 
@@ -103,20 +116,26 @@ class DenseStream:
         self._reader.close()
 
     def _at_door(self, position: int, module: nn.Module, arguments: Any) -> None:
-        if self._group > 1:
+        if self._is_in_pass:
             wait_for_the_others()
-        if self._current != position:
-            self._enter(position)
+            assert self._current == position, (
+                f"a batch goes into streamed layer {position} while {self._current} is there"
+            )
+        else:
+            self.enter(position)
 
-    def _enter(self, position: int) -> None:
-        """The layer's turn: its weights are there when this returns. Raises ReadError when the disk fails."""
+    def enter(self, position: int) -> None:
+        """The turn of a streamed layer: its weights are there when this returns. Raises ReadError when the disk fails."""
         self._leave()
         with self._changed:
             if not any(slot.layer == position and not slot.is_loading for slot in self._slots):
                 self.counters.late += 1
             self._read_ahead(position)
+            began_ns = perf_counter_ns()
             while any(slot.layer == position and slot.is_loading for slot in self._slots):
                 self._changed.wait()
+            if self.timeline is not None:
+                self.timeline.add(COMPUTE, "wait: dense layer not read yet", began_ns)
             index = next((place for place, slot in enumerate(self._slots) if slot.layer == position), None)
             if index is None:
                 raise next(slot.error for slot in self._slots if slot.error is not None)
@@ -159,7 +178,8 @@ class DenseStream:
             )
             for extent in plan.extents
         ]
-        self._reader.submit(reads, functools.partial(self._arrived, slot))
+        label = "read dense", {"streamed": layer, "bytes": plan.nbytes}
+        self._reader.submit(reads, functools.partial(self._arrived, slot), label=label)
 
     def _arrived(self, slot: _Slot, error: Exception | None) -> None:
         """On the reader thread."""

@@ -11,10 +11,11 @@ Contract: one thread; an attention has ended when the next ``update`` comes. Leg
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
 from pathlib import Path
+from time import perf_counter_ns
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from poise.model.arena import Arena
 from poise.model.cache import movable_layers
 from poise.model.read_plan import ALIGNMENT
 from poise.offload.scratch import Job, Scratch, ScratchThread
+from poise.spec.timeline import COMPUTE, Timeline
 
 CACHE_LINE = 64
 _COMPACTED_TOKENS = 64
@@ -125,9 +127,11 @@ class KvStream:
         self._slots = (_Slot(), _Slot())
         self._computing = 0
         self._group: list[list[_DiskLayer]] = []
-        self._next: dict[int, _DiskLayer] = {}
-        self._trace: list[_DiskLayer] = []
-        self._stretches: list[list[int]] | None = None
+        self._coming: deque[_DiskLayer] = deque()
+        self._places: dict[int, list[int]] = {}
+        self._place_of: dict[int, int] = {}
+        self._here: list[int] = []
+        self.timeline: Timeline | None = None
         self.counters = KvCounters()
 
     def adopt(self, model: Any, cache: DynamicCache, *, rows: int, final_tokens: int) -> None:
@@ -154,7 +158,8 @@ class KvStream:
             # Whatever is under way in a slot, of this cache or not, has been submitted behind all of this cache's writes.
             if slot.job is not None:
                 slot.job.done.wait()
-        self._group, self._next, self._trace = [], {}, []
+        self._group, self._place_of = [], {}
+        self._coming.clear()
         scratch.close()
 
     def forget_all(self) -> None:
@@ -170,22 +175,25 @@ class KvStream:
         self._thread.close()
 
     def begin_pass(self, caches: Sequence[Any]) -> None:
-        """Says which caches take part, in which order. The first past is read at once."""
+        """Says which caches take part, in which order."""
         self._group = [[layer for layer in cache.layers if isinstance(layer, _DiskLayer)] for cache in caches]
-        order = self._expected_order()
-        self._next = {id(layer): after for layer, after in pairwise(order)}
-        self._trace = []
-        if order:
-            self._read_ahead(order[0])
+        self._place_of = {id(layer): place for layers in self._group for place, layer in enumerate(layers)}
+        self._coming.clear()
 
-    def end_pass(self) -> None:
-        """Learns between which layers a pass goes on to the next batch, from passes of several."""
-        if len(self._group) < 2 or len(self._trace) != sum(map(len, self._group)):
-            return
-        batch_of = {id(layer): number for number, layers in enumerate(self._group) for layer in layers}
-        place_of = {id(layer): place for place, layer in enumerate(self._group[0])}
-        runs = groupby(self._trace, key=lambda layer: batch_of[id(layer)])
-        self._stretches = [[place_of[id(layer)] for layer in run] for batch, run in runs if batch == 0]
+    def expect(self, stretch: int, batch: int) -> None:
+        """Says which attention comes behind those already expected; its past is read as soon as a slot is free for it.
+
+        Which layers lie in a stretch of the pass is learnt from the last attention there; until then, one in each.
+        """
+        layers = self._group[batch]
+        is_first = not self._coming
+        self._coming += [layers[place] for place in self._places.get(stretch, [stretch]) if place < len(layers)]
+        if is_first and self._coming:
+            self._read_ahead(self._coming[0])
+
+    def attend(self, stretch: int) -> None:
+        """A batch's attention in a stretch begins: what is updated until the next one lies in that stretch."""
+        self._places[stretch] = self._here = []
 
     def update(
         self, layer: _DiskLayer, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor
@@ -193,7 +201,10 @@ class KvStream:
         """What ``_DiskLayer.update`` returns. Raises ReadError when the disk fails, UsageError when it is too full."""
         rows, _, new_tokens, _ = keys_BHTD.shape
         record = layer.record or self._make_region(layer, keys_BHTD, values_BHTD)
-        self._trace.append(layer)
+        self._here.append(self._place_of[id(layer)])
+        if layer in self._coming:
+            while self._coming.popleft() is not layer:
+                pass
         slot = self._brought_back(layer)
         end = layer.tokens + new_tokens
         assert rows == (layer.rows if layer.keep is None else len(layer.keep)), (
@@ -212,9 +223,8 @@ class KvStream:
         record.keys_BHTD(memory_TBW)[:, :, layer.tokens :].copy_(keys_BHTD)
         record.values_BHTD(memory_TBW)[:, :, layer.tokens :].copy_(values_BHTD)
         layer.tokens = end
-        after = self._next.get(id(layer))
-        if after is not None:
-            self._read_ahead(after)
+        if self._coming:
+            self._read_ahead(self._coming[0])
         self._submit(slot, layer, _down(changed), _up(end * record.stride_bytes(rows)), is_write=True)
         return record.keys_BHTD(memory_TBW), record.values_BHTD(memory_TBW)
 
@@ -228,7 +238,10 @@ class KvStream:
         self._computing = slot
         job = self._slots[slot].job
         if job is not None:
+            began_ns = perf_counter_ns()
             job.wait()
+            if self.timeline is not None:
+                self.timeline.add(COMPUTE, "wait: cache not read yet", began_ns)
         return slot
 
     def _read_ahead(self, layer: _DiskLayer) -> None:
@@ -246,7 +259,7 @@ class KvStream:
         assert layer.record is not None, "a layer without a shape has no region"
         assert self._arena is not None, "there are no slots"
         memory = self._arena.view_of(slot, begin, end - begin)
-        job = Job(layer.scratch, is_write, layer.record.begin + begin, memory)
+        job = Job(layer.scratch, is_write, layer.record.begin + begin, memory, self.timeline)
         if is_write:
             self.counters.bytes_written += end - begin
         else:
@@ -275,11 +288,6 @@ class KvStream:
             self._arena = None
             self._arena = Arena(len(self._slots), layer.region_bytes())
         return layer.record
-
-    def _expected_order(self) -> list[_DiskLayer]:
-        """Layer by layer through all batches, or as the last pass of several batches went."""
-        stretches = self._stretches or [[place] for place in range(max(map(len, self._group), default=0))]
-        return [layers[place] for stretch in stretches for layers in self._group for place in stretch if layers]
 
 
 def _compact(memory_TBW: torch.Tensor, kept_TBW: torch.Tensor, keep: Sequence[int]) -> None:

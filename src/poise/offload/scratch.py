@@ -16,9 +16,11 @@ import threading
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter_ns
 
 from poise.errors import ReadError, UsageError
 from poise.model.read_plan import ALIGNMENT
+from poise.spec.timeline import DISK, Timeline
 from poise.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -95,12 +97,13 @@ def too_full(directory: Path, nbytes: int) -> UsageError:
 
 @dataclass(slots=True)
 class Job:
-    """A read or a write under way."""
+    """A read or a write under way. ``timeline``: where it is noted, if anywhere."""
 
     scratch: Scratch
     is_write: bool
     offset: int
     memory: memoryview
+    timeline: Timeline | None = None
     done: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
 
@@ -140,10 +143,14 @@ def _do_next(jobs: queue.SimpleQueue[Job | None]) -> bool:
     job = jobs.get()
     if job is None:
         return False
+    began_ns = perf_counter_ns()
     try:
         (job.scratch.write if job.is_write else job.scratch.read)(job.offset, job.memory)
     except Exception as error:  # noqa: BLE001 - carried to the compute thread, raised by wait()
         job.error = error
+    if job.timeline is not None:
+        name = "write cache" if job.is_write else "read cache"
+        job.timeline.add(f"{DISK}: caches", name, began_ns, bytes=len(job.memory))
     job.done.set()
     return True
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-Key = tuple[int, int]
-"""(position among the MoE layers, expert)."""
+from poise.plan.residency import Key
 
 
 class State(Enum):

@@ -16,7 +16,7 @@ import torch
 from poise.model.arena import Arena
 from poise.model.layout import ExpertSource, Weights
 from poise.model.weights import Packed, scratch_bytes_for, unpack
-from poise.offload.slots import Key
+from poise.plan.residency import Key
 
 MAX_THREADS = 4
 Done = Callable[[Key, Exception | None], None]
@@ -69,6 +69,10 @@ class Unpacker:
         """Starts on an expert; ``done`` is called when ``weights`` can be asked for, or with the error."""
         buffer = self._buffer_of[key] = self._free.pop()
         self._jobs.put((key, buffer, packed, done))
+
+    def has(self, key: Key) -> bool:
+        """Whether an expert has a buffer."""
+        return key in self._buffer_of
 
     def weights(self, key: Key) -> Weights:
         """The weights of an expert that is done; they hold until it is freed."""

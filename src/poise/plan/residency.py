@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Key = tuple[int, int]
+"""An expert: (position among the MoE layers, number)."""
 
 MIN_PROBABILITY = 1e-3
 

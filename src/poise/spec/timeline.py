@@ -43,3 +43,26 @@ class Timeline:
             yield
         finally:
             self.add(track, name, begin_ns, **detail)
+
+
+class Gaps:
+    """Names the time in which nothing happens on a track, as far as whoever keeps it busy knows. One caller at a time."""
+
+    def __init__(self, timeline: Timeline, track: str, prefix: str, reason: str) -> None:
+        """A gap begins now, for ``reason``; names are ``prefix`` and the reason."""
+        self._timeline, self._track, self._prefix = timeline, track, prefix
+        self._since: tuple[int, str] | None = (perf_counter_ns(), reason)
+
+    def note(self, reason: str | None, **detail: int | str) -> None:
+        """From now on the track is idle for ``reason``; None: it is busy. A gap whose reason changes becomes two."""
+        if self._since is not None and reason == self._since[1]:
+            return
+        if self._since is not None:
+            self._timeline.add(self._track, self._prefix + self._since[1], self._since[0], **detail)
+        self._since = None if reason is None else (perf_counter_ns(), reason)
+
+    def cut(self) -> None:
+        """Writes down the gap so far, if there is one, and goes on with it."""
+        if self._since is not None:
+            self._timeline.add(self._track, self._prefix + self._since[1], self._since[0])
+            self._since = perf_counter_ns(), self._since[1]
