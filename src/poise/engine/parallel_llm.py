@@ -30,6 +30,7 @@ from poise.model.dense import load_dense
 from poise.model.fingerprint import model_fingerprint
 from poise.model.seam import attach
 from poise.model.weights import converter_for
+from poise.parallel.courier import Courier
 from poise.parallel.exchange import TokenExchange
 from poise.parallel.group import RankGroup
 from poise.parallel.handshake import facts_of
@@ -80,6 +81,7 @@ class ParallelLLM:
         self._group: RankGroup | None = None
         self._experts: RankExperts | None = None
         self._migration: Migration | None = None
+        self._courier = Courier()
         self._balancing: Balancing | None = None
         self._plan: PipelinePlan | None = None
         self._last: Progress | None = None
@@ -129,7 +131,15 @@ class ParallelLLM:
         exchange = TokenExchange(group, hidden=drawn.spec.hidden, top_k=drawn.spec.top_k, dtype=dtype)
         layers = ExpertParallelLayers(modules_L, self._experts, exchange, copies_L, rank=group.rank)
         self._runner = ParallelRunner(
-            drawn.model, drawn.modules, group, layers, self._migration, tell=self._tell, on_agreement=self._hear
+            drawn.model,
+            drawn.modules,
+            group,
+            layers,
+            self._migration,
+            courier=self._courier,
+            top_k=drawn.spec.top_k,
+            tell=self._tell,
+            on_agreement=self._hear,
         )
         if self._policy is not None:
             self._balancing = Balancing(group, layers, self._migration, self._policy)
@@ -273,7 +283,7 @@ class ParallelLLM:
             error = failure
             raise
         finally:
-            for owned in (self._balancing, self._migration):
+            for owned in (self._balancing, self._migration, self._courier):
                 if owned is not None:
                     owned.close()
             group.__exit__(None if error is None else type(error), error, None)

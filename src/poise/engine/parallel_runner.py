@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from poise.engine.overlapped_pass import Half, is_worth_it, run_halves, split
 from poise.engine.runner import ForwardInputs
 from poise.model.inspect import ExpertsModule
 from poise.model.seam import Forward, Parked, attach
 from poise.offload.kv_stream import KvStream
+from poise.parallel.courier import Courier
 from poise.parallel.group import RankGroup
 from poise.parallel.migration import Migration
 from poise.parallel.moe_layer import ExpertParallelLayers
@@ -28,9 +30,13 @@ from poise.spec.timeline import COMPUTE, Timeline
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """What ranks told each other at the begin of a pass; the same on all. ``told_RN``: what each rank added of its own."""
+    """What ranks told each other at the begin of a pass; the same on all. ``told_RN``: what each rank added of its own.
+
+    ``in_halves``: one half's exchanges run behind the other half's compute.
+    """
 
     has_work_R: tuple[bool, ...]
+    in_halves: bool
     told_RN: tuple[tuple[int, ...], ...]
 
     @property
@@ -53,6 +59,8 @@ class ParallelRunner:
         layers: ExpertParallelLayers,
         migration: Migration,
         *,
+        courier: Courier,
+        top_k: int,
         tell: Callable[[], Sequence[int]] = tuple,
         on_agreement: Callable[[Agreement], None] | None = None,
     ) -> None:
@@ -64,10 +72,14 @@ class ParallelRunner:
         self.timeline: Timeline | None = None
         self.passes = 0
         """Passes that any rank has run."""
+        self.passes_in_halves = 0
+        """Those of them in which exchanges ran behind compute."""
         self.pass_s = 0.0
         """Their time in all, on this rank."""
         self._group = group
         self._migration = migration
+        self._top_k = top_k
+        self._courier = courier
         self._tell = tell
         self._on_agreement = on_agreement
         self._position = {id(model.get_submodule(module.name)): index for index, module in enumerate(modules)}
@@ -80,54 +92,86 @@ class ParallelRunner:
         Raises RankLostError when a rank is lost, PassAbandonedError when another rank gives the pass up.
         """
         assert group, "a rank without work joins"
-        self._agree(has_work=True)
+        tokens = [inputs.arguments["input_ids"].numel() for inputs in group]
+        first = split(tokens) if len(tokens) > 1 else 0
+        agreement = self._agree(has_work=True, half_tokens=min(sum(tokens[:first]), sum(tokens[first:])))
         began_s = perf_counter()
         with torch.inference_mode():
             forwards = [Forward(self._forward(inputs)) for inputs in group]
+            real = [inputs.real_T for inputs in group]
             try:
-                results = self._lockstep(forwards, [inputs.real_T for inputs in group])
+                if agreement.in_halves:
+                    self._run_halves(
+                        [self._half(forwards[:first], real[:first]), self._half(forwards[first:], real[first:])]
+                    )
+                else:
+                    self._lockstep(forwards, real)
             finally:
                 for forward in forwards:
                     forward.abort()
         self._count(began_s)
+        results = [forward.result for forward in forwards if forward.result is not None]
+        assert len(results) == len(forwards), "a forward parked more often than the model has MoE layers"
         return results
 
     def join(self) -> None:
         """Takes part in the others' passes, without tokens, until no rank has work."""
-        while self._agree(has_work=False).anyone_works:
+        while (agreement := self._agree(has_work=False, half_tokens=0)).anyone_works:
             began_s = perf_counter()
             with torch.inference_mode():
-                for layer in range(self._num_layers):
-                    self.layers.run([], [], layer=layer, timeline=self.timeline)
+                if agreement.in_halves:
+                    self._run_halves([self._half([], []), self._half([], [])])
+                else:
+                    self._lockstep([], [])
             self._count(began_s)
 
-    def _agree(self, *, has_work: bool) -> Agreement:
+    def _agree(self, *, has_work: bool, half_tokens: int) -> Agreement:
         """Tells the others how this rank stands, hears how they stand, and puts what has arrived everywhere into force."""
-        told = torch.tensor([has_work, self._migration.arrived, *self._tell()], device=self._group.device)
+        told = torch.tensor([has_work, self._migration.arrived, half_tokens, *self._tell()], device=self._group.device)
         heard = self._group.all_gather(told).tolist()
+        placement = self._migration.placement
         for change in self._migration.switch(min(arrived for _, arrived, *_ in heard)):
-            placement = self._migration.placement
             self.layers.copies_L[change.layer] = Copies.of(
                 change.slot_to_expert_S, num_experts=placement.num_experts, num_ranks=placement.ranks
             ).to(self._group.device)
+        has_work_R = tuple(bool(works) for works, *_ in heard)
         agreement = Agreement(
-            has_work_R=tuple(bool(works) for works, *_ in heard), told_RN=tuple(tuple(own) for _, _, *own in heard)
+            has_work_R=has_work_R,
+            in_halves=is_worth_it(
+                [tokens for _, _, tokens, *_ in heard],
+                has_work_R,
+                top_k=self._top_k,
+                num_experts=placement.num_experts,
+            ),
+            told_RN=tuple(tuple(own) for _, _, _, *own in heard),
         )
         if self._on_agreement is not None:
             self._on_agreement(agreement)
         return agreement
 
-    def _lockstep(self, forwards: Sequence[Forward], real: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        for batch, forward in enumerate(forwards):
-            self._timed(forward.start, 0, batch)
-        for layer in range(self._num_layers):
-            parked = [self._parked(forward, mask, layer) for forward, mask in zip(forwards, real, strict=True)]
-            outputs = self.layers.run(parked, real, layer=layer, timeline=self.timeline)
+    def _half(self, forwards: Sequence[Forward], real: Sequence[torch.Tensor | None]) -> Half:
+        def start() -> None:
+            for batch, forward in enumerate(forwards):
+                self._timed(forward.start, 0, batch)
+
+        def resume(layer: int, outputs: Sequence[torch.Tensor]) -> None:
             for batch, (forward, output) in enumerate(zip(forwards, outputs, strict=True)):
                 self._timed(partial(forward.resume, output), layer + 1, batch)
-        results = [forward.result for forward in forwards if forward.result is not None]
-        assert len(results) == len(forwards), "a forward parked more often than the model has MoE layers"
-        return results
+
+        def park(layer: int) -> Sequence[Parked]:
+            return [self._parked(forward, mask, layer) for forward, mask in zip(forwards, real, strict=True)]
+
+        return Half(real=real, start=start, park=park, resume=resume)
+
+    def _run_halves(self, halves: Sequence[Half]) -> None:
+        run_halves(halves, self.layers, self._courier, num_layers=self._num_layers, timeline=self.timeline)
+        self.passes_in_halves += 1
+
+    def _lockstep(self, forwards: Sequence[Forward], real: Sequence[torch.Tensor | None]) -> None:
+        whole = self._half(forwards, real)
+        whole.start()
+        for layer in range(self._num_layers):
+            whole.resume(layer, self.layers.run(whole.park(layer), real, layer=layer, timeline=self.timeline))
 
     def _timed(self, step: Callable[[], object], layer: int, batch: int) -> None:
         began_ns = perf_counter_ns()

@@ -20,7 +20,7 @@ from poise.model.moe_layer import joined, real_choices_TK, run_experts
 from poise.model.seam import Parked
 from poise.parallel.exchange import Received, TokenExchange
 from poise.parallel.rank_experts import RankExperts
-from poise.parallel.routes import Copies, route
+from poise.parallel.routes import Copies, Routes, route
 from poise.spec.timeline import Timeline
 
 
@@ -39,6 +39,28 @@ class LayerRecord:
     waited_s: float
     total_s: float
     sent_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Turn:
+    """Tokens on their way through one MoE layer: those of ``tokens`` batches, joined. Shapes as in ``parallel.exchange``."""
+
+    layer: int
+    began_s: float
+    tokens: tuple[int, ...]
+    hidden_TH: torch.Tensor
+    weights_TK: torch.Tensor
+    routes: Routes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """This rank's part of the outputs of the rows that came, how many pairs and experts that took, and how long."""
+
+    partial_MH: torch.Tensor
+    routed_tokens: int
+    active_experts: int
+    compute_s: float
 
 
 class ExpertParallelLayers:
@@ -76,31 +98,52 @@ class ExpertParallelLayers:
 
         Raises RankLostError when a rank is lost, PassAbandonedError when one gives the pass up.
         """
+        turn = self.prepare(parked, real, layer=layer)
+        received = self.dispatch(turn)
+        return self.combine(turn, received, self.compute(turn, received, timeline))
+
+    def prepare(self, parked: Sequence[Parked], real: Sequence[torch.Tensor | None], *, layer: int) -> Turn:
+        """The first of the four steps of ``run``: where the tokens go. No exchange."""
         began_s = perf_counter()
-        tokens = [len(entry.hidden_TH) for entry in parked]
         hidden_TH, choice_TK, weights_TK = self._joined(parked, real)
         if self.counts_LE is not None:
             num_experts = self.counts_LE.shape[1]
             self.counts_LE[layer] += torch.bincount(choice_TK.flatten(), minlength=num_experts + 1)[:num_experts].numpy(
                 force=True
             )
-        routes = route(choice_TK, self.copies_L[layer], source_rank=self._rank)
-        received = self._exchange.dispatch(hidden_TH, weights_TK, routes, layer=layer)
-        partial_MH, pairs, active, compute_s = self._compute(received, layer, timeline)
-        output_TH = self._exchange.combine(partial_MH, received, routes, tokens=sum(tokens))
+        return Turn(
+            layer=layer,
+            began_s=began_s,
+            tokens=tuple(len(entry.hidden_TH) for entry in parked),
+            hidden_TH=hidden_TH,
+            weights_TK=weights_TK,
+            routes=route(choice_TK, self.copies_L[layer], source_rank=self._rank),
+        )
+
+    def dispatch(self, turn: Turn) -> Received:
+        """The second step, an exchange. All ranks do all exchanges in the same order, on one thread at a time."""
+        return self._exchange.dispatch(turn.hidden_TH, turn.weights_TK, turn.routes, layer=turn.layer)
+
+    def compute(self, turn: Turn, received: Received, timeline: Timeline | None = None) -> Computed:
+        """The third step: this rank's experts. No exchange."""
+        return self._compute(received, turn.layer, timeline)
+
+    def combine(self, turn: Turn, received: Received, computed: Computed) -> list[torch.Tensor]:
+        """The last step, an exchange."""
+        output_TH = self._exchange.combine(computed.partial_MH, received, turn.routes, tokens=sum(turn.tokens))
         if self.records is not None:
             self.records.append(
                 LayerRecord(
-                    layer=layer,
-                    routed_tokens=pairs,
-                    active_experts=active,
-                    compute_s=compute_s,
+                    layer=turn.layer,
+                    routed_tokens=computed.routed_tokens,
+                    active_experts=computed.active_experts,
+                    compute_s=computed.compute_s,
                     waited_s=received.waited_s,
-                    total_s=perf_counter() - began_s,
+                    total_s=perf_counter() - turn.began_s,
                     sent_bytes=received.nbytes,
                 )
             )
-        return list(torch.split(output_TH, tokens)) if tokens else []
+        return list(torch.split(output_TH, list(turn.tokens))) if turn.tokens else []
 
     def abandon(self, layer: int) -> None:
         """In place of ``run``: gives the pass up, so that all ranks leave it at this layer. Raises PassAbandonedError."""
@@ -121,16 +164,13 @@ class ExpertParallelLayers:
             joined([entry.top_k_weights_TK for entry in parked]),
         )
 
-    def _compute(
-        self, received: Received, layer: int, timeline: Timeline | None
-    ) -> tuple[torch.Tensor, int, int, float]:
-        """This rank's part of the outputs of the rows that came, how many pairs and experts that took, and how long."""
+    def _compute(self, received: Received, layer: int, timeline: Timeline | None) -> Computed:
         began_s = perf_counter()
         module = self._modules_L[layer]
         held = self.experts.layer(layer)
         num_experts: int = module.num_experts  # type: ignore[assignment]
         if not len(received.hidden_MH):
-            return received.hidden_MH, 0, 0, perf_counter() - began_s
+            return Computed(received.hidden_MH, 0, 0, perf_counter() - began_s)
         experts_MK, place_MK = received.experts_MK.sort(dim=1)
         counts_E = torch.bincount(experts_MK.flatten(), minlength=num_experts + 1)[:num_experts]
         active = counts_E.nonzero().flatten().tolist()
@@ -142,7 +182,7 @@ class ExpertParallelLayers:
             top_k_weights_TK=received.weights_MK.gather(1, place_MK)[:, :most],
         )
         (partial_MH,) = run_experts(_InTurn(held, active), [entry], [None], layer=layer, timeline=timeline)
-        return partial_MH, int(counts_E.sum()), len(active), perf_counter() - began_s
+        return Computed(partial_MH, int(counts_E.sum()), len(active), perf_counter() - began_s)
 
 
 class _InTurn:
