@@ -11,15 +11,21 @@ import torch
 
 from poise.engine.overlapped_pass import MIN_ROWS, Half, is_worth_it, run_halves, split
 from poise.engine.parallel_llm import ParallelLLM
-from poise.engine.sampling import SamplingParams
+from poise.engine.parallel_runner import ParallelRunner
+from poise.engine.runner import ForwardInputs
+from poise.model.cache import make_cache
+from poise.model.inspect import find_experts
 from poise.model.seam import Parked
 from poise.parallel.courier import Courier
 from poise.parallel.launch import Launch
 from poise.parallel.watch import Patience
 from poise.spec.placement import Placement, contiguous
-from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
-from tests.parallel.test_expert_parallel import LAYERS, batches_of, largest_error, load
+from tests.conftest import VOCABULARY, MakeCheckpoint, Reference
+from tests.parallel.test_expert_parallel import LAYERS, TOP_K, batches_of, largest_error, load
 from tests.ranks import start_ranks
+
+LONG = 210
+"""Tokens of a row: five rows on one rank alone give each of 8 experts MIN_ROWS."""
 
 
 @torch.inference_mode()
@@ -59,30 +65,48 @@ def test_halves_give_what_transformers_gives(
     assert largest_error(reference(path), outputs, 8, torch.float32) < 1e-5
 
 
-def generate(launch: Launch, path: Path, prompts: list[list[int]]) -> tuple[list[list[int]], int, int]:
-    with ParallelLLM(path, launch, memory="2GiB", groups=[(4, 2)], patience=Patience(start_s=60, behind_s=60)) as llm:
-        tokens: list[list[int]] = []
+def inputs(ids_BT: torch.Tensor, model: Any) -> ForwardInputs:
+    return ForwardInputs(
+        arguments={"input_ids": ids_BT, "past_key_values": make_cache(model), "use_cache": True, "logits_to_keep": 1},
+        real_T=None,
+    )
+
+
+def run_passes(launch: Launch, path: Path, batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], int, int]:
+    """Rank 0 runs a pass over two long batches, then one over two short ones; the others join without tokens."""
+    with ParallelLLM(path, launch, memory="2GiB", patience=Patience(start_s=60, behind_s=60)) as llm:
+        model = llm.runner.model
+        modules = find_experts(model, model.config.model_type)
+        assert llm._migration is not None
+        courier = Courier()
+        runner = ParallelRunner(
+            model, modules, llm.group, llm.runner.layers, llm._migration, courier=courier, top_k=TOP_K
+        )
+        logits = []
+        if launch.rank == 0:
+            for tokens in (LONG, 3):
+                logits += runner.run([inputs(ids_BT[:, :tokens], model) for ids_BT in batches])
+        runner.join()
+        courier.close()
         if launch.rank > 0:
             llm.follow()
-        else:
-            params = SamplingParams(max_tokens=3, ignore_eos=True)
-            results = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
-            tokens = [list(each.outputs[0].token_ids) for each in results]
-        return tokens, llm.runner.passes_in_halves, llm.runner.passes
+        return logits, runner.passes_in_halves, runner.passes
 
 
-def test_long_prompts_are_read_in_halves_and_tokens_decoded_in_one(
-    checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
+def test_a_pass_of_many_rows_runs_in_halves_and_a_rank_that_joins_agrees(
+    checkpoint: MakeCheckpoint, reference: Reference, tmp_path: Path
 ) -> None:
-    path, prompts = checkpoint("qwen3_moe"), draw_prompts([140] * 16, seed=2)
-    results = start_ranks(generate, 2, tmp_path, path, prompts).results(within_s=120)
+    path = checkpoint("qwen3_moe")
+    generator = torch.Generator().manual_seed(4)
+    batches = [torch.randint(3, VOCABULARY, (5, LONG), generator=generator) for _ in range(2)]
+    results = start_ranks(run_passes, 2, tmp_path, path, batches).results(within_s=120)
+    assert [each[1:] for each in results] == [(1, 2), (1, 2)]
     model = reference(path)
-    with torch.inference_mode():
-        wanted = model.generate(torch.tensor(prompts), max_new_tokens=3, do_sample=False, eos_token_id=None)
-    assert results[0][0] == wanted[:, 140:].tolist()
-    for _, in_halves, passes in results:
-        assert 0 < in_halves < passes
-    assert results[0][1:] == results[1][1:], "ranks agree"
+    given = [ids_BT[:, :tokens] for tokens in (LONG, 3) for ids_BT in batches]
+    for logits, ids_BT in zip(results[0][0], given, strict=True):
+        with torch.inference_mode():
+            wanted = model(ids_BT, use_cache=False).logits[:, -1:]
+        assert float((logits - wanted).abs().max()) < 1e-5 * float(wanted.abs().max()) + 1e-6
 
 
 @pytest.mark.parametrize(("tokens", "first"), [([5, 5], 1), ([1, 1, 8], 2), ([8, 1, 1], 1), ([3, 3, 3, 3], 2)])

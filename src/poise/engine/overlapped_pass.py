@@ -1,7 +1,7 @@
 """A pass in two halves: while one half's tokens travel between ranks, the other half computes.
 
 The seam gives this for any architecture: a half is parked at its experts, so whoever drives it may do something else
-meanwhile. Each expert then runs twice, over half the rows, which costs more than it brings where rows are few: decision 031.
+meanwhile. Each expert then runs twice, over half the rows, which costs more than it brings where rows are few: decision 032.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from poise.parallel.moe_layer import ExpertParallelLayers, Turn
 from poise.spec.timeline import Timeline
 
 MIN_ROWS = 256
-"""Rows that an expert gets from one half, on average and from all ranks, from which halves are worth it (decision 031)."""
+"""Rows that an expert gets from one half, on average and from all ranks, from which halves are worth it (decision 032)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
