@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,17 @@ def test_a_budget_below_the_dense_weights_streams_them_and_the_refusal_names_one
         assert int(str(llm.describe()["dense_layers_streamed"])) > 0
         assert ids_of(llm, prompts) == want
         llm.generate(prompts[:1], SamplingParams(max_tokens=200))
+
+
+def test_doors_follow_the_stream_when_another_call_streams_other_layers(
+    checkpoint: MakeCheckpoint, draw_prompts: DrawPrompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(draw_prompts)
+    with LLM(checkpoint("mixtral", num_hidden_layers=6), memory="1GiB", groups=[(1, 3)]) as llm:
+        want, planned, ways = ids_of(llm, prompts), llm._plan_for, llm._loaded()._layers.ways
+        streamed = set()
+        for way in (*ways, *reversed(ways)):
+            monkeypatch.setattr(llm, "_plan_for", lambda rows, way=way: replace(planned(rows), dense=way))
+            assert ids_of(llm, prompts) == want
+            streamed.add(llm.describe()["dense_layers_streamed"])
+        assert len(streamed) > 1, "the test needs ways that differ"

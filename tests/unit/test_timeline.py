@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from poise import LLM, SamplingParams
 from poise.plan.schedule import Policy
-from poise.report.bubbles import time_shares
+from poise.report.bubbles import BETWEEN_PASSES, time_shares
 from poise.report.chrome_trace import chrome_trace, write_chrome_trace
 from poise.spec.timeline import COMPUTE, DISK, Span, Timeline
 from tests.conftest import MakeCheckpoint
@@ -31,11 +32,62 @@ def test_shares_count_overlapping_reads_once_and_name_every_bubble() -> None:
     assert shares.elapsed_s == 5
     assert shares.disk_busy_s == 3
     assert shares.disk_bytes == 30
-    assert shares.compute_s == {"attention": 2, "expert": 1, "routing, sums, sampling": 1}
+    assert shares.compute_s == {"attention": 2, "expert": 1, BETWEEN_PASSES: 1}
     assert shares.computing_s == 4
-    assert shares.bubbles_s == {"compute wait: expert not read yet": 1, "disk idle: nothing more to read ahead": 2}
+    assert shares.bubbles_s == {
+        "compute wait: expert not read yet": 1,
+        "disk idle: nothing more to read ahead": 2,
+        "disk idle: between reads": 0,
+    }
     assert shares.bottleneck_frac == pytest.approx(0.8)
     assert time_shares([]).bottleneck_frac == 0.0
+
+
+def test_a_span_counts_without_those_inside_it_and_a_gap_without_a_name_is_between_reads() -> None:
+    spans = [
+        Span(COMPUTE, "pass", 0, 10 * SECOND),
+        Span(COMPUTE, "experts", SECOND, 8 * SECOND),
+        Span(COMPUTE, "wait: expert not read yet", 2 * SECOND, 4 * SECOND),
+        Span(COMPUTE, "expert", 4 * SECOND, 7 * SECOND),
+        Span(f"{DISK}: a", "read", 0, 2 * SECOND, {"bytes": 10}),
+        Span(f"{DISK}: a", "make weights", 2 * SECOND, 4 * SECOND),
+        Span(DISK, "idle: closed", 3 * SECOND, 6 * SECOND),
+        Span(f"{DISK}: caches", "write cache", 5 * SECOND, 8 * SECOND, {"bytes": 5}),
+    ]
+    shares = time_shares(spans)
+    assert shares.compute_s == {"pass": 3, "experts": 2, "expert": 3, BETWEEN_PASSES: 0}
+    assert shares.bubbles_s == {
+        "compute wait: expert not read yet": 2,
+        "disk idle: closed": 2,
+        "disk idle: make weights": 1,
+        "disk idle: between reads": 2,
+    }
+    assert (shares.disk_busy_s, shares.disk_bytes) == (5, 15)
+    half = time_shares(spans, within=(3 * SECOND, 6 * SECOND))
+    assert half.elapsed_s == 3
+    assert half.compute_s == {"expert": 2, BETWEEN_PASSES: 0}
+    assert half.bubbles_s["compute wait: expert not read yet"] == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"dense_layers": 0}, {"kv_on_disk": True}, {"policy": Policy(order="index")}])
+def test_busy_time_and_named_bubbles_are_the_whole_of_every_pass(
+    options: dict[str, Any], checkpoint: MakeCheckpoint
+) -> None:
+    timeline = Timeline()
+    prompts = [{"prompt_token_ids": list(range(3 + k, 90 + k))} for k in range(4)]
+    path = checkpoint("mixtral", num_hidden_layers=5, hidden_size=512, intermediate_size=1024)
+    with LLM(path, memory="1GiB", expert_slots=4, groups=[(1, 4)], **options) as llm:
+        llm.generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True), timeline=timeline)
+    passes = [(span.begin_ns, span.end_ns) for span in timeline.spans if span.name == "pass"]
+    assert len(passes) == 5
+    for within in passes:
+        shares = time_shares(timeline.spans, within=within)
+        waited = sum(seconds for name, seconds in shares.bubbles_s.items() if name.startswith("compute"))
+        idle = sum(seconds for name, seconds in shares.bubbles_s.items() if name.startswith("disk"))
+        assert shares.computing_s + waited == pytest.approx(shares.elapsed_s, rel=1e-6)
+        assert shares.disk_busy_s + idle == pytest.approx(shares.elapsed_s, rel=1e-6)
+        assert shares.compute_s["pass"] < 0.1 * shares.elapsed_s, "time of the compute thread that no step accounts for"
+        assert shares.bubbles_s["disk idle: between reads"] < 0.25 * shares.elapsed_s, "a gap that nobody named"
 
 
 def test_a_run_s_timeline_holds_every_expert_every_read_and_no_two_things_at_once_on_a_track(

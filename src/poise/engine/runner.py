@@ -35,7 +35,8 @@ class ForwardInputs:
 class Runner:
     """A model whose experts are in a store. One thread only; ``run`` leaves no forward behind, whatever happens.
 
-    ``policy``: the rules for experts of the passes to come. ``kv``: whose caches lie on disk; None: they are in memory.
+    ``policy``: the rules for experts of the passes to come. ``dense`` and ``kv``: what
+    else streams, dense layers and caches; None: they are in memory. All three may change between passes.
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class Runner:
         self.kv = kv
         self._position = {id(model.get_submodule(module.name)): index for index, module in enumerate(modules)}
         self._num_layers = len(modules)
-        self._streamed = _layers_before(modules, [] if dense is None else dense.names)
-        self._last: tuple[tuple[int, bool, Policy], Schedule] | None = None
+        self._modules = modules
+        self._last: tuple[tuple[object, ...], Schedule] | None = None
         self.policy = Policy()
         self._listeners: list[RoutingListener] = []
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
@@ -113,17 +114,19 @@ class Runner:
             with nullcontext() if timeline is None else timeline.span(COMPUTE, "pass"):
                 yield
         finally:
+            self.store.cut_gap()
             if self.dense is not None:
                 self.dense.end_pass()
 
     def _schedule(self, num_batches: int) -> Schedule:
         """The pass of so many batches; the last one is kept, as most passes are like the one before."""
-        of = num_batches, self.kv is not None, self.policy
+        streamed = () if self.dense is None else tuple(self.dense.names)
+        of = num_batches, streamed, self.kv is not None, self.policy
         if self._last is None or self._last[0] != of:
             schedule = schedule_pass(
                 num_layers=self._num_layers,
                 num_batches=num_batches,
-                streamed=self._streamed,
+                streamed=_layers_before(self._modules, streamed),
                 kv_on_disk=self.kv is not None,
                 policy=self.policy,
             )

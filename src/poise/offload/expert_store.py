@@ -185,6 +185,12 @@ class ExpertStore:
         self._loader.close()
         self._handover.close()
 
+    def cut_gap(self) -> None:
+        """Writes the disk's idle time so far into the timeline, if there is one: a pass ends, the gap may not."""
+        with self._changed:
+            if self._gaps is not None:
+                self._gaps.cut()
+
     def _want(self, key: Key) -> None:
         self._wanted.add(key)
         self.counters.prefetched_used += key in self._ahead

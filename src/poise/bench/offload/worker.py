@@ -101,7 +101,7 @@ def _passes(begin_ns: int, seen: list[tuple[int, Progress]], spans: list[Span]) 
     passes = []
     before: Progress | None = None
     for end_ns, progress in seen:
-        shares = time_shares([span for span in spans if begin_ns <= span.begin_ns < end_ns])
+        shares = time_shares(spans, within=(begin_ns, end_ns))
         passes.append(
             {
                 "seconds": (end_ns - begin_ns) / 1e9,
