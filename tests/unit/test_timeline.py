@@ -65,7 +65,7 @@ def test_a_span_counts_without_those_inside_it_and_a_gap_without_a_name_is_betwe
     assert (shares.disk_busy_s, shares.disk_bytes) == (5, 15)
     half = time_shares(spans, within=(3 * SECOND, 6 * SECOND))
     assert half.elapsed_s == 3
-    assert half.compute_s == {"expert": 2, BETWEEN_PASSES: 0}
+    assert {name: seconds for name, seconds in half.compute_s.items() if seconds} == {"expert": 2}
     assert half.bubbles_s["compute wait: expert not read yet"] == 1
 
 
