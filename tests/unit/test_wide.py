@@ -10,7 +10,8 @@ from torch import nn
 
 from poise.model import experts, wide
 from poise.model.experts import expert_forward, padded_rows
-from poise.model.wide import BLOCK_BYTES, WIDE_ROWS, is_wide, wide_linear, widen_linears
+from poise.model.wide import WIDE_ROWS, is_wide, wide_linear, widen_linears
+from poise.plan.memory import WIDE_BLOCK_BYTES
 
 BF16 = torch.bfloat16
 
@@ -22,7 +23,9 @@ def pays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     return bool(request.param)
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (64, 100), (3, 1 + BLOCK_BYTES // 4), (1 + BLOCK_BYTES // 400, 100)])
+@pytest.mark.parametrize(
+    "shape", [(5, 3), (64, 100), (3, 1 + WIDE_BLOCK_BYTES // 4), (1 + WIDE_BLOCK_BYTES // 400, 100)]
+)
 def test_a_wide_product_is_the_fp32_product(shape: tuple[int, int]) -> None:
     rows, weight = torch.randn(7, shape[1]), torch.randn(shape).to(BF16)
     _assert_near(wide_linear(rows, weight), rows @ weight.float().t())

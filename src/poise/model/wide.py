@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from poise.plan.memory import WIDE_BLOCK_BYTES
+
 WIDE_ROWS = 48
 """Rows from which making the matrix fp32 costs less than it saves."""
-BLOCK_BYTES = 6 << 20
-"""Of the fp32 block: little enough for the processor's cache, and for the heap to keep."""
 FASTER = 1.15
 TIMED_ROWS, TIMED_SIDE, ROUNDS = 256, 1024, 3
 
@@ -44,7 +44,7 @@ def wide_linear(rows_TK: torch.Tensor, weight_NK: torch.Tensor, out_TN: torch.Te
     """fp32 rows times a bf16 matrix (any strides), as fp32, into ``out_TN`` where that is given."""
     outputs, inputs = weight_NK.shape
     result_TN = rows_TK.new_empty(len(rows_TK), outputs) if out_TN is None else out_TN
-    step = min(outputs, max(1, BLOCK_BYTES // (4 * inputs)))
+    step = min(outputs, max(1, WIDE_BLOCK_BYTES // (4 * inputs)))
     block = rows_TK.new_empty(step, inputs)
     for begin in range(0, outputs, step):
         end = min(begin + step, outputs)

@@ -15,6 +15,8 @@ WIDE_BYTES = 4
 """Of an element that goes in and out of a product: those with bf16 matrices may be computed in fp32."""
 CACHE_SLACK = 8
 """Caches take an eighth more than their bytes: growing, each leaves holes that are too small for the next (measured: 14 %)."""
+WIDE_BLOCK_BYTES = 6 << 20
+"""Of such a matrix, what is fp32 at a time: little enough for the processor's cache, and for the heap to keep."""
 MAX_EXPERT_ROWS = 512
 """Rows that go through an expert at once: enough for the processor's full rate, few enough to bound what they take."""
 
@@ -59,7 +61,8 @@ class ActivationSpec:
         logits = num_batches * batch_size * self.vocabulary * (self.itemsize + 4)
         expert_rows = min(MAX_EXPERT_ROWS, all_tokens)
         expert = expert_rows * (2 * self.expert_width * wide + self.hidden * (self.itemsize + 2 * wide + 8))
-        return parked + inside + expert + scores + logits
+        block = WIDE_BLOCK_BYTES if self.itemsize < WIDE_BYTES else 0
+        return parked + inside + expert + scores + logits + block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
