@@ -1,8 +1,9 @@
 """What matrix products take on this machine, measured with nothing of Poise's engine: the yardstick of a compute limit.
 
-Plain ``torch.nn.functional.linear`` in the model's dtype, with torch's own number of threads; weights take turns, so that they
-come from memory as an expert's do and not from the processor's cache. A limit takes the time at the tokens that a matrix
-really got: the rate of a full product is out of reach for an expert with three tokens, for any program.
+Plain ``torch.nn.functional.linear`` in the model's dtype or in fp32, whichever is faster at that shape and number of tokens,
+with torch's own number of threads; weights take turns, so that they come from memory as an expert's do and not from the
+processor's cache. A limit takes the time at the tokens that a matrix really got: the rate of a full product is out of reach
+for an expert with three tokens, for any program.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from poise.cost.curves import PointCurve
-from poise.profile.measure import Measurement, Run, measure
+from poise.profile.measure import Run, measure
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 POOL_BYTES = 192 << 20
@@ -53,16 +54,26 @@ class Products:
 
 
 def measure_products(shapes: Sequence[Shape], *, dtype: torch.dtype, cap_s: float = CAP_S) -> Products:
-    """Medians of runs that take turns, until they are certain to 5 % or ``cap_s`` has passed."""
-    cases = [(shape, tokens) for shape in dict.fromkeys(shapes) for tokens in TOKENS]
-    pools = {shape: _weights(shape, dtype) for shape, _ in cases}
+    """Medians of runs that take turns, until they are certain to 5 % or ``cap_s`` has passed for a dtype."""
+    kinds = list(dict.fromkeys([dtype, torch.float32]))
+    measured = [_seconds(list(dict.fromkeys(shapes)), each, cap_s) for each in kinds]
+    curves = {
+        shape: PointCurve(TOKENS, [min(times) for times in zip(*(one[shape] for one in measured), strict=True)])
+        for shape in measured[0]
+    }
+    return Products(curves=curves, threads=torch.get_num_threads())
+
+
+def _seconds(shapes: Sequence[Shape], dtype: torch.dtype, cap_s: float) -> dict[Shape, list[float]]:
+    """Of every shape, at each of ``TOKENS``."""
+    cases = [(shape, tokens) for shape in shapes for tokens in TOKENS]
+    pools = {shape: _weights(shape, dtype) for shape in shapes}
     with torch.inference_mode():
         measured = measure([_run(pools[shape], shape, tokens, dtype) for shape, tokens in cases], cap_s=cap_s)
-    times: dict[Shape, list[Measurement]] = {shape: [] for shape in pools}
+    times: dict[Shape, list[float]] = {shape: [] for shape in shapes}
     for (shape, _), (measurement,) in zip(cases, measured, strict=True):
-        times[shape].append(measurement)
-    curves = {shape: PointCurve(TOKENS, [each.seconds for each in points]) for shape, points in times.items()}
-    return Products(curves=curves, threads=torch.get_num_threads())
+        times[shape].append(measurement.seconds)
+    return times
 
 
 def _weights(shape: Shape, dtype: torch.dtype) -> list[torch.Tensor]:
