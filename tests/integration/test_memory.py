@@ -76,9 +76,9 @@ class Case:
 
 
 CASES = {
-    "one short prompt": Case(model="qwen3_moe", budget_bytes=105 * MB, jobs=[(1, 8, 16)]),
-    "one long prompt": Case(model="qwen3_moe", budget_bytes=105 * MB, jobs=[(1, 2000, 3)]),
-    "many short prompts": Case(model="qwen3_moe", budget_bytes=105 * MB, jobs=[(40, 24, 4)]),
+    "one short prompt": Case(model="qwen3_moe", budget_bytes=110 * MB, jobs=[(1, 8, 16)]),
+    "one long prompt": Case(model="qwen3_moe", budget_bytes=110 * MB, jobs=[(1, 2000, 3)]),
+    "many short prompts": Case(model="qwen3_moe", budget_bytes=110 * MB, jobs=[(40, 24, 4)]),
     "some long prompts": Case(model="qwen3_moe", budget_bytes=120 * MB, jobs=[(6, 400, 3)]),
     "large experts": Case(model="mixtral", budget_bytes=180 * MB, jobs=[(12, 60, 3)]),
     "a long prompt after a short one": Case(model="qwen3_moe", budget_bytes=200 * MB, jobs=[(1, 8, 6), (4, 1600, 2)]),
@@ -94,7 +94,7 @@ CASES = {
     ),
     "every token to the same experts": Case(model="skewed", budget_bytes=200 * MB, jobs=[(40, 100, 2)]),
     "a long answer with eager attention": Case(
-        model="gpt_oss", budget_bytes=100 * MB, jobs=[(1, 100, 120)], streams=False
+        model="gpt_oss", budget_bytes=106 * MB, jobs=[(1, 100, 120)], streams=False
     ),
 }
 

@@ -61,7 +61,8 @@ class ActivationSpec:
         logits = num_batches * batch_size * self.vocabulary * (self.itemsize + 4)
         expert_rows = min(MAX_EXPERT_ROWS, all_tokens)
         expert = expert_rows * (2 * self.expert_width * wide + self.hidden * (self.itemsize + 2 * wide + 8))
-        block = WIDE_BLOCK_BYTES if self.itemsize < WIDE_BYTES else 0
+        largest = WIDE_BYTES * self.hidden * max(self.width, self.expert_width)
+        block = min(WIDE_BLOCK_BYTES, largest) if self.itemsize < WIDE_BYTES else 0
         return parked + inside + expert + scores + logits + block
 
 
