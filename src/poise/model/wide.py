@@ -53,25 +53,24 @@ def wide_linear(rows_TK: torch.Tensor, weight_NK: torch.Tensor, out_TN: torch.Te
     return result_TN
 
 
-def widen_linears(model: nn.Module) -> None:
-    """Has the model's own linear layers computed so where it pays; their weights and results stay bf16.
+class WideLinear(nn.Linear):
+    """A bf16 linear layer whose products of many rows are computed in fp32; its weights and results stay bf16."""
 
-    Weights are looked up at each call, so that they may change hands in between.
-    """
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # the name is torch's
+        count = input.numel() // self.in_features
+        if not is_wide(count, input.dtype, input.device) or self.weight.dtype != torch.bfloat16:
+            return super().forward(input)
+        result_TN = wide_linear(input.reshape(count, self.in_features).float(), self.weight)
+        if self.bias is not None:
+            result_TN += self.bias
+        return result_TN.to(input.dtype).view(*input.shape[:-1], -1)
+
+
+def widen_linears(model: nn.Module) -> None:
+    """Has the model's own linear layers computed so where it pays: they change their class and nothing else."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
-
-
-def _forward(module: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
-    count = rows.numel() // rows.shape[-1] if rows.shape[-1] else 0
-    if not is_wide(count, rows.dtype, rows.device) or module.weight.dtype != torch.bfloat16:
-        return nn.functional.linear(rows, module.weight, module.bias)
-    flat_TK = rows.reshape(count, rows.shape[-1]).float()
-    result_TN = wide_linear(flat_TK, module.weight)
-    if module.bias is not None:
-        result_TN += module.bias
-    return result_TN.to(rows.dtype).view(*rows.shape[:-1], -1)
+            module.__class__ = WideLinear
 
 
 def _best_s(run: Callable[[], Any]) -> float:
