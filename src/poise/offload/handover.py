@@ -5,6 +5,7 @@ Every method is called under the store's lock; ``changed`` is told, on a thread 
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection
 
@@ -22,9 +23,12 @@ class Handover:
     """Who may compute now, of the experts that were asked for. A quantised one is in use from when it begins to be unpacked."""
 
     def __init__(self, slots: Slots, scratch_bytes: int, changed: Changed) -> None:
-        """``scratch_bytes``: what the largest quantised expert takes as weights; 0: there are none."""
+        """``scratch_bytes``: what the largest quantised expert takes as weights; 0: there are none.
+
+        ``changed``: a method of the store, which this is a part of and does not keep alive.
+        """
         self._slots = slots
-        self._changed = changed
+        self._changed = weakref.WeakMethod(changed)
         self._unpacker = Unpacker(scratch_bytes) if scratch_bytes else None
         self._there: deque[Key] = deque()
         self._to_unpack: deque[tuple[Key, Packed]] = deque()
@@ -101,8 +105,10 @@ class Handover:
             self._unpacker.close()
 
     def _unpack_next(self) -> None:
+        changed = self._changed()
+        assert changed is not None, "the store is alive while it calls"
         while self._to_unpack and self._unpacker is not None and self._unpacker.has_room:
             key, packed = self._to_unpack.popleft()
             self._slots.acquire(key)
             self.unpacking += 1
-            self._unpacker.submit(key, packed, self._changed)
+            self._unpacker.submit(key, packed, changed)
