@@ -69,6 +69,7 @@ class ExpertCurve:
             return self._curves_A[low].repeated(active)
         pair = self._curves_A[low : low + 2]
         knots = np.unique(np.concatenate([_knots(curve) for curve in pair]))
+        knots = np.append(knots, 2.0 * knots[-1])  # behind it, both have the slope that they keep
         mixed = (1.0 - share) * pair[0].seconds(knots) + share * pair[1].seconds(knots)
         return PointCurve(knots * active, mixed * active)
 
