@@ -130,3 +130,13 @@ def test_without_a_launcher_it_is_refused_in_one_line(prompt_file: Path) -> None
     assert line == (
         "poise: RANK is not set; it is a whole number; start ranks with: torchrun --nproc-per-node RANKS -m poise ..."
     )
+
+
+@pytest.mark.parametrize("option", [("--machine", "m.json"), ("--device", "cpu"), ("--quantize", "int4")])
+def test_what_ranks_would_not_heed_is_refused_in_one_line(option: tuple[str, str]) -> None:
+    command = [sys.executable, "-m", "poise", "generate", "model", "x", "--expert-parallel", *option]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"{option[0]}" in done.stderr
+    assert "--expert-parallel" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

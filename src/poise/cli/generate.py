@@ -78,6 +78,8 @@ class GenerateOptions:
             raise UsageError("--quantize and --timeline do not go with --expert-parallel yet; leave them out")
         if self.expert_parallel and (self.correlation_table is not None or self.save_table is not None):
             raise UsageError("--correlation-table and --save-table do not go with --expert-parallel; leave them out")
+        if self.expert_parallel and (self.machine is not None or self.device != "auto"):
+            raise UsageError("--machine and --device do not go with --expert-parallel yet; leave them out")
         if self.memory != "auto":
             parse_bytes(self.memory)
         written = [("--output", self.output), ("--timeline", self.timeline), ("--save-table", self.save_table)]
