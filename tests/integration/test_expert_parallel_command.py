@@ -70,12 +70,26 @@ def test_two_ranks_write_the_one_output_that_one_process_writes(
     subprocess.run(
         [sys.executable, "-m", "poise", *asked, "--memory", "1GiB", "--output", str(alone)], check=True, timeout=120
     )
-    parallel = [*asked, "--memory", "1GiB", "--output", str(shared), "--expert-parallel"]
-    run = subprocess.run(torchrun(2, parallel), capture_output=True, text=True, timeout=120, check=False)
+    timeline = tmp_path / "timeline.json"
+    parallel = [*asked, "--memory", "1GiB", "--output", str(shared), "--expert-parallel", "--json"]
+    run = subprocess.run(
+        torchrun(2, [*parallel, "--timeline", str(timeline)]), capture_output=True, text=True, timeout=120, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert results(shared) == results(alone)
-    assert run.stdout == ""
     assert run.stderr.count("25 tokens in") == 1, "one summary, of all ranks together"
+    assert run.stderr.count("experts, most of a rank over the mean: tokens") == 1
+    facts = json.loads(run.stdout)["stats"]["parallel"]
+    assert facts["passes"] == len(facts["steps"]["pass_s"]) >= 5
+    assert all(len(facts["ranks"][name]) == 2 for name in ("expert_s", "waited_s", "sent_bytes"))
+    events = json.loads(timeline.read_text())["traceEvents"]
+    processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert sorted(processes.values()) == ["rank 0", "rank 1"]
+    for pid in processes:
+        assert {"attention", "expert", "dispatch", "combine", "wait: last rank"} <= {
+            event["name"] for event in events if event["pid"] == pid
+        }
+    assert f"timeline in {timeline}, ranks' clocks known to" in run.stderr
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_a_run_s_timeline_holds_every_expert_every_read_and_no_two_things_at_onc
             is_inside = track == COMPUTE and next_.end_ns <= one.end_ns
             assert one.end_ns <= next_.begin_ns or is_inside
     file = tmp_path / "timeline.json"
-    write_chrome_trace(file, timeline.spans)
+    write_chrome_trace(file, chrome_trace(timeline.spans))
     events = json.loads(file.read_text())["traceEvents"]
     assert {event["args"]["name"] for event in events if event["ph"] == "M"} == set(by_track)
     assert len([event for event in events if event["ph"] == "X"]) == len(timeline.spans)

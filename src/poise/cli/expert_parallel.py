@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from poise.errors import PoiseError, RankLostError, RanksError, UsageError
+from poise.report.chrome_trace import chrome_trace_of_ranks, write_chrome_trace
+from poise.units import format_s
 
 if TYPE_CHECKING:
     from poise.engine.parallel_llm import ParallelLLM
@@ -55,3 +58,16 @@ def follow(launch: Launch, open_llm: Callable[[Launch], ParallelLLM]) -> None:
         raise UsageError(f"rank {launch.rank}: {error}") from None
     except PoiseError as error:
         raise PoiseError(f"rank {launch.rank}: {error}") from None
+
+
+def closing_lines(llm: ParallelLLM, timeline: Path | None) -> list[str]:
+    """What rank 0 says of all ranks when they are done. Writes their ``timeline``, where there is to be one."""
+    lines = llm.figures.lines() if llm.figures is not None else []
+    lines += llm.balancing.table() if llm.balancing is not None else []
+    if timeline is not None:
+        write_chrome_trace(timeline, chrome_trace_of_ranks([each.spans for each in llm.timelines]))
+        error_s = max(each.clock.error_ns for each in llm.timelines) / 1e9
+        lines.append(
+            f"timeline in {timeline}, ranks' clocks known to {format_s(error_s)}; open it at https://ui.perfetto.dev"
+        )
+    return lines

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poise.cli.expert_parallel import BALANCES, call_off, follow, this_launch
+from poise.cli.expert_parallel import BALANCES, call_off, closing_lines, follow, this_launch
 from poise.cli.output import ResultFile, fingerprint, finished_results, output_line, writable_file
 from poise.cli.progress import Bar, PlainLines, say
 from poise.cli.prompts import PromptRequest, place_of, read_requests
@@ -25,7 +25,7 @@ from poise.engine.request import QUANTIZATIONS, Progress, Prompt, RequestOutput
 from poise.engine.sampling import SamplingParams
 from poise.errors import PromptError, UsageError
 from poise.report.bubbles import time_shares
-from poise.report.chrome_trace import write_chrome_trace
+from poise.report.chrome_trace import chrome_trace, write_chrome_trace
 from poise.spec.timeline import Timeline
 from poise.units import format_bytes, format_s, parse_bytes
 
@@ -74,8 +74,8 @@ class GenerateOptions:
             raise UsageError(f"balance {self.balance!r} is not supported; choose one of {', '.join(BALANCES)}")
         if self.balance != "static" and not self.expert_parallel:
             raise UsageError("--balance is about ranks that share the experts; give --expert-parallel as well")
-        if self.expert_parallel and (self.quantize != "none" or self.timeline is not None):
-            raise UsageError("--quantize and --timeline do not go with --expert-parallel yet; leave them out")
+        if self.expert_parallel and self.quantize != "none":
+            raise UsageError("--quantize does not go with --expert-parallel yet; leave it out")
         if self.expert_parallel and (self.correlation_table is not None or self.save_table is not None):
             raise UsageError("--correlation-table and --save-table do not go with --expert-parallel; leave them out")
         if self.expert_parallel and (self.machine is not None or self.device != "auto"):
@@ -158,7 +158,7 @@ def _generate(
     view = _View(requests, pending, file, prints=file is None and not options.json_output)
     view.streams &= launch is None
     plan = stats = None
-    moves: list[str] = []
+    closing: list[str] = []
     if pending:
         try:
             from poise.engine.llm import LLM
@@ -169,7 +169,7 @@ def _generate(
             with _open(options, asked, view) if launch is None else _open_ranks(options, launch, view) as llm:
                 view.bar.clear()
                 _say_header(llm.describe())
-                timeline = None if options.timeline is None else Timeline()
+                timeline = Timeline() if options.timeline is not None and launch is None else None
                 if isinstance(llm, LLM):
                     try:
                         llm.generate(
@@ -188,15 +188,16 @@ def _generate(
                         sampling,
                         on_result=view.on_result,
                         on_progress=view.on_progress,
+                        with_timelines=options.timeline is not None,
                     )
-                    moves = llm.balancing.table() if llm.balancing is not None else []
+                    closing = closing_lines(llm, options.timeline)
                 stats, plan = _stats(llm), llm.describe()
         except PromptError as error:
             raise _placed(error, pending, options.prompt_file) from None
         finally:
             view.end()
         say(_summary(stats))
-        for line in moves:
+        for line in closing:
             say(line)
         if timeline is not None and options.timeline is not None:
             _write_timeline(options.timeline, timeline)
@@ -243,7 +244,7 @@ def _save_table(options: GenerateOptions, llm: LLM, view: _View) -> None:
 
 def _write_timeline(path: Path, timeline: Timeline) -> None:
     """Writes the file and says where the time went, bubbles by name."""
-    write_chrome_trace(path, timeline.spans)
+    write_chrome_trace(path, chrome_trace(timeline.spans))
     shares = time_shares(timeline.spans)
     parts = {**shares.compute_s, "disk busy": shares.disk_busy_s, **shares.bubbles_s}
     say(", ".join(f"{name} {format_s(seconds)}" for name, seconds in parts.items()))
@@ -346,10 +347,14 @@ def _say_header(plan: Mapping[str, object]) -> None:
 
 def _stats(llm: LLM | ParallelLLM) -> dict[str, Any]:
     """What the run took, for the summary and --json."""
+    from poise.engine.llm import LLM
+
     progress = llm.last_progress
     assert progress is not None, "the engine has generated"
     memory = {"base_bytes": llm.base_bytes, "budget_bytes": llm.budget_bytes, "peak_bytes": llm.peak_bytes}
-    return {**_measured(progress), **memory}
+    figures = None if isinstance(llm, LLM) else llm.figures
+    ranks = {} if figures is None else {"parallel": figures.to_json()}
+    return {**_measured(progress), **memory, **ranks}
 
 
 def _measured(progress: Progress) -> dict[str, Any]:

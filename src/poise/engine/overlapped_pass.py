@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -17,7 +18,9 @@ from poise.model.seam import Parked
 from poise.parallel.courier import Courier
 from poise.parallel.exchange import Received
 from poise.parallel.moe_layer import ExpertParallelLayers, Turn
-from poise.spec.timeline import Timeline
+from poise.spec.timeline import COMPUTE
+
+T = TypeVar("T")
 
 MIN_ROWS = 256
 """Rows that an expert gets from one half, on average and from all ranks, from which halves are worth it (decision 032)."""
@@ -43,17 +46,22 @@ def run_halves(
     courier: Courier,
     *,
     num_layers: int,
-    timeline: Timeline | None = None,
 ) -> None:
     """Runs both halves to their end. All ranks at once, with as many halves."""
+
+    def waited(coming: Future[T], name: str) -> T:
+        if layers.timeline is None:
+            return coming.result()
+        with layers.timeline.span(COMPUTE, name):
+            return coming.result()
 
     def send(half: Half, layer: int) -> tuple[Turn, Future[Received]]:
         turn = layers.prepare(half.park(layer), half.real, layer=layer)
         return turn, courier.submit(partial(layers.dispatch, turn))
 
     def answer(turn: Turn, coming: Future[Received]) -> Future[list[torch.Tensor]]:
-        received = coming.result()
-        computed = layers.compute(turn, received, timeline)
+        received = waited(coming, "wait: rows")
+        computed = layers.compute(turn, received)
         return courier.submit(partial(layers.combine, turn, received, computed))
 
     sent = []
@@ -64,7 +72,8 @@ def run_halves(
         back = [answer(*each) for each in sent]
         sent = []
         for half, coming in zip(halves, back, strict=True):
-            half.resume(layer, coming.result())
+            outputs = waited(coming, "wait: outputs")
+            half.resume(layer, outputs)
             if layer + 1 < num_layers:
                 sent.append(send(half, layer + 1))
 

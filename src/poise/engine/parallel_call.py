@@ -75,12 +75,13 @@ class Call:
             self._on_progress(self.progress)
 
 
-def as_text(rows: Sequence[Row]) -> str:
+def as_text(rows: Sequence[Row], *, with_timeline: bool) -> str:
     """Requests as rank 0 sends them to the others: token ids, so that one tokenizer has spoken for all."""
-    return json.dumps([[row.prompt_ids, asdict(row.params)] for row in rows])
+    return json.dumps([with_timeline, [[row.prompt_ids, asdict(row.params)] for row in rows]])
 
 
-def from_text(text: str) -> tuple[list[Prompt], list[SamplingParams]]:
-    """The requests that ``as_text`` was given."""
-    content = json.loads(text)
-    return [{"prompt_token_ids": ids} for ids, _ in content], [SamplingParams(**params) for _, params in content]
+def from_text(text: str) -> tuple[list[Prompt], list[SamplingParams], bool]:
+    """The requests that ``as_text`` was given, and whether timelines are wanted."""
+    with_timeline, asked = json.loads(text)
+    prompts: list[Prompt] = [{"prompt_token_ids": ids} for ids, _ in asked]
+    return prompts, [SamplingParams(**params) for _, params in asked], with_timeline

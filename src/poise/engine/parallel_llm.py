@@ -22,6 +22,7 @@ from poise.engine.parallel_runner import Agreement, ParallelRunner
 from poise.engine.planning import SHORTEST, workload_of
 from poise.engine.probe import probe
 from poise.engine.prompts import as_list, params_for
+from poise.engine.rank_recorder import RankRecorder
 from poise.engine.request import Progress, Prompt, RequestOutput
 from poise.engine.sampling import SamplingParams
 from poise.engine.shares import deal
@@ -39,9 +40,11 @@ from poise.parallel.migration import Migration
 from poise.parallel.moe_layer import ExpertParallelLayers
 from poise.parallel.rank_experts import OnLoaded, RankExperts, experts_of, shard_bytes
 from poise.parallel.routes import Copies
+from poise.parallel.timelines import RankTimeline, gather_timelines
 from poise.parallel.watch import Patience
 from poise.plan.pipeline import PipelinePlan
 from poise.plan.rebalance import Eplb, Rebalance, Vibe
+from poise.report.rank_figures import RankFigures
 from poise.spec.placement import Placement, contiguous
 from poise.spec.timeline import Timeline
 
@@ -85,6 +88,7 @@ class ParallelLLM:
         self._balancing: Balancing | None = None
         self._plan: PipelinePlan | None = None
         self._last: Progress | None = None
+        self._timelines: tuple[RankTimeline, ...] = ()
         self._calls = 0
         if balance not in BALANCES:
             raise UsageError(f"balance {balance!r} is not supported; choose one of {', '.join(BALANCES)}")
@@ -130,6 +134,7 @@ class ParallelLLM:
         dtype = drawn.dtype.dtype
         exchange = TokenExchange(group, hidden=drawn.spec.hidden, top_k=drawn.spec.top_k, dtype=dtype)
         layers = ExpertParallelLayers(modules_L, self._experts, exchange, copies_L, rank=group.rank)
+        self._recorder = RankRecorder(group, len(modules_L))
         self._runner = ParallelRunner(
             drawn.model,
             drawn.modules,
@@ -137,6 +142,7 @@ class ParallelLLM:
             layers,
             self._migration,
             courier=self._courier,
+            recorder=self._recorder,
             top_k=drawn.spec.top_k,
             tell=self._tell,
             on_agreement=self._hear,
@@ -160,6 +166,16 @@ class ParallelLLM:
     def last_progress(self) -> Progress | None:
         """The final figures of the last call of ``generate``, of all ranks together; None except on rank 0."""
         return self._last
+
+    @property
+    def figures(self) -> RankFigures | None:
+        """How even the ranks were in the last call of ``generate``, and where their time went; None except on rank 0."""
+        return self._recorder.figures
+
+    @property
+    def timelines(self) -> tuple[RankTimeline, ...]:
+        """What every rank did in the last call, if that was asked for; empty except on rank 0."""
+        return self._timelines
 
     def describe(self) -> dict[str, object]:
         """Plain numbers about the model, the ranks and, after a call of ``generate``, this rank's plan."""
@@ -210,10 +226,11 @@ class ParallelLLM:
         *,
         on_result: Callable[[RequestOutput], None] | None = None,
         on_progress: OnProgress | None = None,
-        timeline: Timeline | None = None,
+        with_timelines: bool = False,
     ) -> list[RequestOutput]:
         """On rank 0, while the others ``follow``: generates for all prompts. Results in input order; ``on_result`` is told of
-        each as it finishes anywhere, ``on_progress`` of every pass.
+        each as it finishes anywhere, ``on_progress`` of every pass. ``with_timelines``: all ranks write down what they do;
+        afterwards ``timelines`` has it.
 
         Raises PromptError and BudgetError as ``LLM`` does, RankLostError when a rank is lost.
         """
@@ -223,16 +240,16 @@ class ParallelLLM:
         rows = self._rows(listed, params)
         if not rows:
             return []
-        self.group.put(f"call/{self._calls}", as_text(rows))
-        call = self._take_part(rows, listed, on_result, on_progress, timeline)
+        self.group.put(f"call/{self._calls}", as_text(rows, with_timeline=with_timelines))
+        call = self._take_part(rows, listed, on_result, on_progress, with_timelines)
         self._last = call.progress
         return [call.results[index] for index in range(len(rows))]
 
-    def follow(self, *, timeline: Timeline | None = None) -> None:
+    def follow(self) -> None:
         """On every rank but 0: takes part in all calls of ``generate`` there, until it is closed."""
         while (text := self.group.hear(f"call/{self._calls}")) != _END:
-            listed, params = from_text(text)
-            self._take_part(self._rows(listed, params), listed, None, None, timeline)
+            listed, params, with_timeline = from_text(text)
+            self._take_part(self._rows(listed, params), listed, None, None, with_timeline)
 
     def _rows(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Row]:
         asked = zip(prompts, params, strict=True)
@@ -244,17 +261,21 @@ class ParallelLLM:
         prompts: Sequence[Prompt],
         on_result: Callable[[RequestOutput], None] | None,
         on_progress: OnProgress | None,
-        timeline: Timeline | None,
+        with_timeline: bool,
     ) -> Call:
         """Runs this rank's share of a call, and the others' experts until they are done."""
         group = self.group
         self._call = call = Call(group, prompts, number=self._calls, on_result=on_result, on_progress=on_progress)
         self._calls += 1
-        self._runner.timeline = timeline
+        self._recorder.begin()
+        self._runner.timeline = timeline = Timeline() if with_timeline else None
         mine = deal([row.total_tokens for row in rows], group.num_ranks)[group.rank]
         if mine:
             self._run([rows[index] for index in mine], call)
         self._runner.join()
+        self._runner.timeline = None
+        self._recorder.gather()
+        self._timelines = () if timeline is None else gather_timelines(group, timeline.spans)
         return call
 
     def _run(self, rows: Sequence[Row], call: Call) -> None:
@@ -303,6 +324,8 @@ class ParallelLLM:
         return int(proposes), *self._call.told()
 
     def _hear(self, agreement: Agreement) -> None:
+        if self._recorder.is_full:
+            self._recorder.gather()
         if self._balancing is not None:
             self._balancing.step(proposed=bool(agreement.told_RN[0][0]))
         self._call.heard([told for _, *told in agreement.told_RN])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from poise.engine.overlapped_pass import Half, is_worth_it, run_halves, split
+from poise.engine.rank_recorder import RankRecorder
 from poise.engine.runner import ForwardInputs
 from poise.model.inspect import ExpertsModule
 from poise.model.seam import Forward, Parked, attach
@@ -47,8 +48,8 @@ class Agreement:
 class ParallelRunner:
     """A model whose experts lie on several ranks. One thread only; ``run`` leaves no forward behind, whatever happens.
 
-    ``tell``: what this rank adds to each agreement, always as many numbers; ``on_agreement``: is told the outcome, on all
-    ranks alike, before the pass.
+    ``recorder``: takes down every layer and pass. ``tell``: what this rank adds to each agreement, always as many numbers;
+    ``on_agreement``: is told the outcome, on all ranks alike, before the pass.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ParallelRunner:
         *,
         courier: Courier,
         top_k: int,
+        recorder: RankRecorder | None = None,
         tell: Callable[[], Sequence[int]] = tuple,
         on_agreement: Callable[[Agreement], None] | None = None,
     ) -> None:
@@ -69,7 +71,7 @@ class ParallelRunner:
         self.layers = layers
         self.kv: KvStream | None = None
         self.store = layers.experts
-        self.timeline: Timeline | None = None
+        self.recorder = recorder
         self.passes = 0
         """Passes that any rank has run."""
         self.passes_in_halves = 0
@@ -85,6 +87,17 @@ class ParallelRunner:
         self._position = {id(model.get_submodule(module.name)): index for index, module in enumerate(modules)}
         self._num_layers = len(modules)
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
+        self._agreed_s = 0.0
+        layers.on_record = None if recorder is None else recorder.take
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Gets a span for all that this rank does, while there is one."""
+        return self.layers.timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Timeline | None) -> None:
+        self.layers.timeline = self._migration.timeline = timeline
 
     def run(self, group: Sequence[ForwardInputs]) -> list[torch.Tensor]:
         """One pass over the layers for every batch of this rank. Returns each batch's logits (rows, kept tokens, V).
@@ -127,8 +140,12 @@ class ParallelRunner:
 
     def _agree(self, *, has_work: bool, half_tokens: int) -> Agreement:
         """Tells the others how this rank stands, hears how they stand, and puts what has arrived everywhere into force."""
+        began_ns = perf_counter_ns()
         told = torch.tensor([has_work, self._migration.arrived, half_tokens, *self._tell()], device=self._group.device)
         heard = self._group.all_gather(told).tolist()
+        self._agreed_s = (perf_counter_ns() - began_ns) / 1e9
+        if self.timeline is not None:
+            self.timeline.add(COMPUTE, "wait: agreement", began_ns)
         placement = self._migration.placement
         for change in self._migration.switch(min(arrived for _, arrived, *_ in heard)):
             self.layers.copies_L[change.layer] = Copies.of(
@@ -164,14 +181,14 @@ class ParallelRunner:
         return Half(real=real, start=start, park=park, resume=resume)
 
     def _run_halves(self, halves: Sequence[Half]) -> None:
-        run_halves(halves, self.layers, self._courier, num_layers=self._num_layers, timeline=self.timeline)
+        run_halves(halves, self.layers, self._courier, num_layers=self._num_layers)
         self.passes_in_halves += 1
 
     def _lockstep(self, forwards: Sequence[Forward], real: Sequence[torch.Tensor | None]) -> None:
         whole = self._half(forwards, real)
         whole.start()
         for layer in range(self._num_layers):
-            whole.resume(layer, self.layers.run(whole.park(layer), real, layer=layer, timeline=self.timeline))
+            whole.resume(layer, self.layers.run(whole.park(layer), real, layer=layer))
 
     def _timed(self, step: Callable[[], object], layer: int, batch: int) -> None:
         began_ns = perf_counter_ns()
@@ -201,5 +218,10 @@ class ParallelRunner:
         return run
 
     def _count(self, began_s: float) -> None:
+        pass_s = perf_counter() - began_s
         self.passes += 1
-        self.pass_s += perf_counter() - began_s
+        self.pass_s += pass_s
+        if self.timeline is not None:
+            self.timeline.add(COMPUTE, "pass", perf_counter_ns() - round(pass_s * 1e9), number=self.passes)
+        if self.recorder is not None:
+            self.recorder.end_pass(pass_s=pass_s, agreed_s=self._agreed_s)

@@ -21,7 +21,8 @@ from poise.parallel.routes import Routes
 class Received:
     """Rows from rank 0, then from rank 1, ...: ``received_R`` of each. ``experts_MK`` int64, E for "not yours".
 
-    ``waited_s``: from the own arrival to that of the last rank. ``nbytes``: of rows sent to other ranks.
+    ``waited_s``: from the own arrival to that of the last rank; ``rows_s``: from then until the rows were there. ``nbytes``: of
+    rows sent to other ranks.
     """
 
     hidden_MH: torch.Tensor
@@ -29,6 +30,7 @@ class Received:
     weights_MK: torch.Tensor
     received_R: tuple[int, ...]
     waited_s: float
+    rows_s: float
     nbytes: int
 
 
@@ -56,7 +58,7 @@ class TokenExchange:
         Raises PassAbandonedError on every rank when one has called ``abandon`` instead.
         """
         received_R, waited_s = self._headers(routes.sent_R, layer, gives_up=False)
-        rows = sum(received_R)
+        rows, began_s = sum(received_R), perf_counter()
         came = torch.empty(rows, self._row_bytes, dtype=torch.uint8, device=self._group.device)
         self._group.all_to_all(came, self._packed(hidden_TH, weights_TK, routes), received_R, routes.sent_R)
         top_k, begin = self._top_k, 8 * self._top_k // self._dtype.itemsize
@@ -66,6 +68,7 @@ class TokenExchange:
             weights_MK=came.view(torch.float32)[:, top_k : 2 * top_k],
             received_R=received_R,
             waited_s=waited_s,
+            rows_s=perf_counter() - began_s,
             nbytes=(sum(routes.sent_R) - routes.sent_R[self._group.rank]) * self._row_bytes,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -16,6 +17,7 @@ from poise.parallel.changes import Arrival, LayerChange, changes_between, ranks_
 from poise.parallel.group import Channel, RankGroup
 from poise.parallel.rank_experts import RankExperts
 from poise.spec.placement import Placement
+from poise.spec.timeline import MIGRATION, Timeline
 
 
 class Migration:
@@ -34,6 +36,8 @@ class Migration:
         self._limit = 0
         """Changes that the thread may start."""
         self._bytes = 0
+        self.timeline: Timeline | None = None
+        """Gets a span for each layer that changes."""
         self._error: Exception | None = None
         self._has_changed = threading.Condition()
         self._closed = False
@@ -135,12 +139,19 @@ class Migration:
                     return
                 runs = {arrival.expert: self._experts.reserve((change.layer, arrival.expert)) for arrival in mine}
             try:
-                self._bring(change, runs)
+                with self._span(change):
+                    self._bring(change, runs)
             except Exception as error:  # noqa: BLE001 - carried to the computing thread
                 self._error = error
                 return
             with self._has_changed:
                 self._arrived += 1
+
+    def _span(self, change: LayerChange) -> AbstractContextManager[None]:
+        if self.timeline is None:
+            return nullcontext()
+        came = len(self._mine(change))
+        return self.timeline.span(MIGRATION, "move experts", layer=change.layer, moved=len(change.arrivals), came=came)
 
     def _bring(self, change: LayerChange, runs: dict[int, torch.Tensor]) -> None:
         """This rank's part of the change's transfers, in the order that all ranks keep."""

@@ -6,9 +6,10 @@ ranks come to every layer, those without tokens with none. Sums do not depend on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, perf_counter_ns
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from poise.model.seam import Parked
 from poise.parallel.exchange import Received, TokenExchange
 from poise.parallel.rank_experts import RankExperts
 from poise.parallel.routes import Copies, Routes, route
-from poise.spec.timeline import Timeline
+from poise.spec.timeline import COMPUTE, EXCHANGE, Span, Timeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +30,9 @@ class LayerRecord:
     """What a rank did in one MoE layer of one pass. Seconds and bytes are this rank's own.
 
     ``routed_tokens``: (token, expert) pairs it computed; ``active_experts``: how many experts they met. ``compute_s``: that
-    took. ``waited_s``: for the last rank to arrive with its tokens. ``sent_bytes``: of tokens to other ranks, one way.
+    took. ``waited_s``: for the last rank to arrive with its tokens. ``dispatch_s``: until the rows had come. ``combine_s``:
+    from its own last expert until all outputs were back, with the wait for the slowest rank. ``sent_bytes``: of tokens to
+    other ranks, one way.
     """
 
     layer: int
@@ -37,6 +40,8 @@ class LayerRecord:
     active_experts: int
     compute_s: float
     waited_s: float
+    dispatch_s: float
+    combine_s: float
     total_s: float
     sent_bytes: int
 
@@ -85,22 +90,22 @@ class ExpertParallelLayers:
         """Of all layers since whoever reads them last began a new list; None where nobody does."""
         self.counts_LE: npt.NDArray[np.int64] | None = None
         """Choices of this rank's own tokens, added up where somebody wants to know."""
+        self.on_record: Callable[[LayerRecord], None] | None = None
+        """Is told of each layer, on the thread that exchanges."""
+        self.timeline: Timeline | None = None
+        """Gets the experts' spans, and those of exchanges."""
 
-    def run(
-        self,
-        parked: Sequence[Parked],
-        real: Sequence[torch.Tensor | None],
-        *,
-        layer: int,
-        timeline: Timeline | None = None,
-    ) -> list[torch.Tensor]:
+    def run(self, parked: Sequence[Parked], real: Sequence[torch.Tensor | None], *, layer: int) -> list[torch.Tensor]:
         """The experts' outputs for every parked batch, shapes as their hidden states; none for no batch.
 
         Raises RankLostError when a rank is lost, PassAbandonedError when one gives the pass up.
         """
         turn = self.prepare(parked, real, layer=layer)
-        received = self.dispatch(turn)
-        return self.combine(turn, received, self.compute(turn, received, timeline))
+        with self._waiting("wait: rows", layer):
+            received = self.dispatch(turn)
+        computed = self.compute(turn, received)
+        with self._waiting("wait: outputs", layer):
+            return self.combine(turn, received, computed)
 
     def prepare(self, parked: Sequence[Parked], real: Sequence[torch.Tensor | None], *, layer: int) -> Turn:
         """The first of the four steps of ``run``: where the tokens go. No exchange."""
@@ -122,28 +127,48 @@ class ExpertParallelLayers:
 
     def dispatch(self, turn: Turn) -> Received:
         """The second step, an exchange. All ranks do all exchanges in the same order, on one thread at a time."""
-        return self._exchange.dispatch(turn.hidden_TH, turn.weights_TK, turn.routes, layer=turn.layer)
+        began_ns = perf_counter_ns()
+        received = self._exchange.dispatch(turn.hidden_TH, turn.weights_TK, turn.routes, layer=turn.layer)
+        if self.timeline is not None:
+            met_ns = began_ns + round(received.waited_s * 1e9)
+            self.timeline.spans.append(Span(EXCHANGE, "wait: last rank", began_ns, met_ns, {"layer": turn.layer}))
+            self.timeline.add(EXCHANGE, "dispatch", met_ns, layer=turn.layer, bytes=received.nbytes)
+        return received
 
-    def compute(self, turn: Turn, received: Received, timeline: Timeline | None = None) -> Computed:
+    def compute(self, turn: Turn, received: Received) -> Computed:
         """The third step: this rank's experts. No exchange."""
-        return self._compute(received, turn.layer, timeline)
+        return self._compute(received, turn.layer)
 
     def combine(self, turn: Turn, received: Received, computed: Computed) -> list[torch.Tensor]:
         """The last step, an exchange."""
+        began_ns = perf_counter_ns()
         output_TH = self._exchange.combine(computed.partial_MH, received, turn.routes, tokens=sum(turn.tokens))
-        if self.records is not None:
-            self.records.append(
-                LayerRecord(
-                    layer=turn.layer,
-                    routed_tokens=computed.routed_tokens,
-                    active_experts=computed.active_experts,
-                    compute_s=computed.compute_s,
-                    waited_s=received.waited_s,
-                    total_s=perf_counter() - turn.began_s,
-                    sent_bytes=received.nbytes,
-                )
-            )
+        if self.timeline is not None:
+            self.timeline.add(EXCHANGE, "combine", began_ns, layer=turn.layer)
+        if self.records is not None or self.on_record is not None:
+            self._tell(turn, received, computed, combine_s=(perf_counter_ns() - began_ns) / 1e9)
         return list(torch.split(output_TH, list(turn.tokens))) if turn.tokens else []
+
+    def _tell(self, turn: Turn, received: Received, computed: Computed, *, combine_s: float) -> None:
+        record = LayerRecord(
+            layer=turn.layer,
+            routed_tokens=computed.routed_tokens,
+            active_experts=computed.active_experts,
+            compute_s=computed.compute_s,
+            waited_s=received.waited_s,
+            dispatch_s=received.rows_s,
+            combine_s=combine_s,
+            total_s=perf_counter() - turn.began_s,
+            sent_bytes=received.nbytes,
+        )
+        if self.records is not None:
+            self.records.append(record)
+        if self.on_record is not None:
+            self.on_record(record)
+
+    def _waiting(self, name: str, layer: int) -> AbstractContextManager[None]:
+        """The computing thread can do nothing else meanwhile."""
+        return nullcontext() if self.timeline is None else self.timeline.span(COMPUTE, name, layer=layer)
 
     def abandon(self, layer: int) -> None:
         """In place of ``run``: gives the pass up, so that all ranks leave it at this layer. Raises PassAbandonedError."""
@@ -164,7 +189,7 @@ class ExpertParallelLayers:
             joined([entry.top_k_weights_TK for entry in parked]),
         )
 
-    def _compute(self, received: Received, layer: int, timeline: Timeline | None) -> Computed:
+    def _compute(self, received: Received, layer: int) -> Computed:
         began_s = perf_counter()
         module = self._modules_L[layer]
         held = self.experts.layer(layer)
@@ -181,7 +206,7 @@ class ExpertParallelLayers:
             top_k_index_TK=experts_MK[:, :most],
             top_k_weights_TK=received.weights_MK.gather(1, place_MK)[:, :most],
         )
-        (partial_MH,) = run_experts(_InTurn(held, active), [entry], [None], layer=layer, timeline=timeline)
+        (partial_MH,) = run_experts(_InTurn(held, active), [entry], [None], layer=layer, timeline=self.timeline)
         return Computed(partial_MH, int(counts_E.sum()), len(active), perf_counter() - began_s)
 
 

@@ -12,6 +12,8 @@ from time import perf_counter_ns
 
 COMPUTE = "compute"
 DISK = "disk"
+EXCHANGE = "exchange"
+MIGRATION = "migration"
 
 
 @dataclass(frozen=True, slots=True)

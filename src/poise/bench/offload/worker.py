@@ -22,7 +22,7 @@ from poise.engine.request import Progress
 from poise.engine.sampling import SamplingParams
 from poise.plan.schedule import Policy
 from poise.report.bubbles import time_shares
-from poise.report.chrome_trace import write_chrome_trace
+from poise.report.chrome_trace import chrome_trace, write_chrome_trace
 from poise.spec.timeline import Span, Timeline
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     if job.get("routing"):
         recorder.trace(Path(job["model"]).name).save(Path(job["routing"]))
     if job.get("timeline"):
-        write_chrome_trace(Path(job["timeline"]), timeline.spans)
+        write_chrome_trace(Path(job["timeline"]), chrome_trace(timeline.spans))
     print(
         json.dumps(
             {
