@@ -33,6 +33,7 @@ from poise.errors import PoiseError, UsageError
 from poise.spec.trace import RoutingTrace
 
 TIMEOUT_S = 3600.0
+OUT_OF_MEMORY = "killed by the kernel: it needs more memory than the limit"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +123,7 @@ class Contenders:
         if isinstance(child, str):
             return child
         if child.out_of_memory:
-            return "killed by the kernel: it needs more memory than the limit"
+            return OUT_OF_MEMORY
         if child.timed_out:
             return f"stopped after {TIMEOUT_S:.0f} s"
         report = answer_of(child, "Accelerate")
@@ -176,7 +177,7 @@ class Contenders:
         if isinstance(child, str):
             return child
         if child.out_of_memory:
-            return "killed by the kernel: it needs more memory than the limit"
+            return OUT_OF_MEMORY
         if child.timed_out:
             return f"stopped after {TIMEOUT_S:.0f} s"
         report = answer_of(child, "llama.cpp")
