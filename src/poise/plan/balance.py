@@ -1,0 +1,251 @@
+"""PROBE's planner: replicas of hot experts for one layer of one step, and which rank computes whose tokens.
+
+A ``Balancer`` prepares a group's costs once and then plans in microseconds. Before the router has spoken (predicted counts,
+free replica slots) it chooses replicas; behind it (true counts, the replicas that came) it only divides the tokens. Pure and
+deterministic, so that every rank comes to the same plan.
+Letters: R ranks, E experts, S slots of all ranks, N replicas.
+Source: PROBE (arXiv 2602.00509), section 4; how it differs: docs/balance-planner.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from poise.errors import PlacementError
+from poise.plan.balance_assignment import Assignment, whole_tokens
+from poise.plan.balance_choice import choose, replicas_of
+from poise.plan.balance_greedy import choose_greedily
+from poise.plan.balance_spread import ROUNDS, spread
+from poise.plan.balance_state import (
+    Counts,
+    Group,
+    Step,
+    add_replica,
+    curves_s_R,
+    home_step,
+    touch_curves,
+)
+from poise.plan.balance_trials import take_born
+from poise.plan.compiled import compiled
+from poise.plan.cost_table import cost_table
+from poise.plan.expert_loads import Floats, Ints
+from poise.plan.rank_costs import RankCosts
+
+Strategy = Literal["quota", "greedy"]
+STRATEGIES = ("quota", "greedy")
+WORTH_FRAC = 0.01
+"""Of the layer's time. A plan that brings less is not worth its transfers: nothing is done."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replica:
+    """A copy of an expert that comes from ``source`` to ``target`` for this step."""
+
+    expert: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BalancePlan:
+    """``replica_N3``: expert, source and target rank of each replica that is to come. ``predicted_s_R``: when each rank ends.
+
+    ``unbalanced_s``: the slowest rank with each expert's tokens evenly on its copies at home. ``pays``: whether replicas would
+    bring ``WORTH_FRAC``; if not, none come.
+    """
+
+    replica_N3: Ints
+    assignment: Assignment
+    predicted_s_R: Floats
+    unbalanced_s: float
+    pays: bool
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """The copies that come."""
+        return tuple(Replica(expert=e, source=a, target=b) for e, a, b in self.replica_N3.tolist())
+
+    @property
+    def predicted_s(self) -> float:
+        """When the slowest rank finishes."""
+        return float(self.predicted_s_R.max())
+
+    @property
+    def transfers_RR(self) -> Ints:
+        """How many experts go from rank (row) to rank (column)."""
+        ranks = len(self.predicted_s_R)
+        moved_RR = np.zeros((ranks, ranks), dtype=np.int64)
+        np.add.at(moved_RR, (self.replica_N3[:, 1], self.replica_N3[:, 2]), 1)
+        return moved_RR
+
+
+class Balancer:
+    """Plans steps of one expert-parallel group. ``planned`` and ``declined`` count its plans, and those that would not pay.
+
+    ``slot_to_expert_S``: experts at home; rank r owns the slots r * S / R to (r + 1) * S / R - 1. ``link_bytes_per_s_R``: of
+    each rank's link, each way. ``token_bytes``: of a token that travels, ``expert_bytes``: of one expert's weights.
+    ``most_tokens``: about the most assignments on one rank, for the cost table. Raises PlacementError.
+    """
+
+    def __init__(
+        self,
+        costs: RankCosts,
+        slot_to_expert_S: npt.ArrayLike,
+        *,
+        num_experts: int,
+        link_bytes_per_s_R: npt.ArrayLike,
+        token_bytes: float,
+        expert_bytes: float,
+        most_tokens: float,
+        replica_slots: int = 3,
+        strategy: Strategy = "quota",
+    ) -> None:
+        slots_S = np.ascontiguousarray(slot_to_expert_S, dtype=np.int64)
+        ranks = costs.num_ranks
+        if slots_S.ndim != 1 or not len(slots_S) or len(slots_S) % ranks:
+            raise PlacementError(f"{slots_S.shape} slots on {ranks} ranks; give a multiple, in one row")
+        missing = np.setdiff1d(np.arange(num_experts), slots_S)
+        if len(missing) or slots_S.max() >= num_experts or slots_S.min() < 0:
+            raise PlacementError(
+                f"slots must hold the experts 0 to {num_experts - 1}, each at least once; missing: {missing[:5].tolist()}"
+            )
+        if replica_slots < 0:
+            raise PlacementError(f"{replica_slots} replica slots on a rank; give 0 or more")
+        if strategy not in STRATEGIES:
+            raise PlacementError(f"there is no strategy {strategy!r}; choose from: {', '.join(STRATEGIES)}")
+        links_R = np.broadcast_to(np.asarray(link_bytes_per_s_R, dtype=float), ranks)
+        if min(links_R.min(), token_bytes, expert_bytes) <= 0:
+            raise PlacementError("rates of links and bytes of tokens and experts must be above 0")
+        most_active = len(slots_S) // ranks + replica_slots
+        self._group = Group(
+            slot_to_expert_S=slots_S,
+            table=cost_table(costs, max_tokens=most_tokens, max_active=most_active),
+            token_s_R=2.0 * token_bytes / links_R,
+            expert_s_R=expert_bytes / links_R,
+            replica_slots=replica_slots,
+        )
+        self._shape = (ranks, num_experts)
+        self._strategy = strategy
+        self._all_R = np.ones(ranks)
+        self.planned = self.declined = 0
+
+    def choose_replicas(
+        self,
+        counts_RE: npt.NDArray[np.integer],
+        window_s_R: Floats,
+        *,
+        in_frac_R: Floats | None = None,
+        out_frac_R: Floats | None = None,
+    ) -> BalancePlan:
+        """Replicas for a step of which (predicted) ``counts_RE`` are known: assignments by the rank they are born on.
+
+        ``window_s_R``: how long each rank's link is free for experts behind compute. ``in_frac_R``, ``out_frac_R``: tokens that
+        travel over assignments that do; None: all.
+        """
+        plan = _planned(
+            _balance(
+                self._checked(counts_RE),
+                self._group,
+                self._all_R if in_frac_R is None else in_frac_R,
+                self._all_R if out_frac_R is None else out_frac_R,
+                window_s_R,
+                self._strategy == "greedy",
+            )
+        )
+        self.planned += 1
+        self.declined += not plan.pays
+        return plan
+
+    def divide(
+        self,
+        counts_RE: npt.NDArray[np.integer],
+        replica_N3: Ints,
+        *,
+        in_frac_R: Floats | None = None,
+        out_frac_R: Floats | None = None,
+    ) -> BalancePlan:
+        """The assignment of true ``counts_RE`` to the copies that are there: homes and the replicas that came."""
+        return _planned(
+            _divide(
+                self._checked(counts_RE),
+                self._group,
+                self._all_R if in_frac_R is None else in_frac_R,
+                self._all_R if out_frac_R is None else out_frac_R,
+                replica_N3,
+            )
+        )
+
+    def _checked(self, counts_RE: npt.NDArray[np.integer]) -> Counts:
+        assert counts_RE.shape == self._shape, f"counts of {counts_RE.shape} ranks and experts, not {self._shape}"
+        return np.ascontiguousarray(counts_RE, dtype=np.int32)
+
+
+_Figures = tuple[Ints, Ints, Ints, Ints, Floats, float, bool]
+
+
+def _planned(figures: _Figures) -> BalancePlan:
+    replica_N3, begin_E1, rank_N, tokens_N, seconds_R, unbalanced_s, pays = figures
+    return BalancePlan(
+        replica_N3=replica_N3,
+        assignment=Assignment(begin_E1=begin_E1, rank_N=rank_N, tokens_N=tokens_N),
+        predicted_s_R=seconds_R,
+        unbalanced_s=unbalanced_s,
+        pays=pays,
+    )
+
+
+@compiled
+def _balance(
+    counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floats, window_s_R: Floats, is_greedy: bool
+) -> _Figures:
+    """All of it in one call, as each costs microseconds."""
+    step, unbalanced_s = _at_home(counts_RE, group, in_frac_R, out_frac_R, window_s_R)
+    most_s = (1.0 - WORTH_FRAC) * curves_s_R(step, group.table).max()
+    if is_greedy:
+        choose_greedily(step, group, counts_RE, WORTH_FRAC * unbalanced_s)
+    else:
+        choose(step, group, counts_RE)
+    seconds_R, replica_N3 = curves_s_R(step, group.table), replicas_of(step, group)
+    pays = len(replica_N3) > 0 and seconds_R.max() <= most_s
+    if not pays:
+        step, _ = _at_home(counts_RE, group, in_frac_R, out_frac_R, window_s_R)
+        seconds_R, replica_N3 = curves_s_R(step, group.table), replica_N3[:0]
+    begin_E1, rank_N, tokens_N = whole_tokens(step)
+    return replica_N3, begin_E1, rank_N, tokens_N, seconds_R, unbalanced_s, pays
+
+
+@compiled
+def _divide(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floats, replica_N3: Ints) -> _Figures:
+    no_window_R = np.zeros(len(group.token_s_R))
+    step, unbalanced_s = _at_home(counts_RE, group, in_frac_R, out_frac_R, no_window_R)
+    home_s = curves_s_R(step, group.table).max()
+    for place in range(len(replica_N3)):
+        copy = add_replica(step, group, counts_RE, replica_N3[place, 0], replica_N3[place, 1], replica_N3[place, 2])
+        take_born(step, copy)
+    spread(step, ROUNDS)
+    seconds_R = curves_s_R(step, group.table)
+    if seconds_R.max() > home_s:
+        step, _ = _at_home(counts_RE, group, in_frac_R, out_frac_R, no_window_R)
+        seconds_R = curves_s_R(step, group.table)
+    begin_E1, rank_N, tokens_N = whole_tokens(step)
+    return replica_N3[:0], begin_E1, rank_N, tokens_N, seconds_R, unbalanced_s, True
+
+
+@compiled
+def _at_home(
+    counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floats, window_s_R: Floats
+) -> tuple[Step, float]:
+    """Tokens spread over the copies at home; and the slowest rank's time with an even share for each."""
+    step = home_step(counts_RE, group, in_frac_R, out_frac_R, window_s_R)
+    unbalanced_s = curves_s_R(step, group.table).max()
+    touch_curves(step, group.table)
+    if len(group.slot_to_expert_S) > len(step.expert_E):
+        spread(step, ROUNDS)
+        if curves_s_R(step, group.table).max() > unbalanced_s:
+            step = home_step(counts_RE, group, in_frac_R, out_frac_R, window_s_R)
+            touch_curves(step, group.table)
+    return step, unbalanced_s

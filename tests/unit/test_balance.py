@@ -1,0 +1,107 @@
+"""The balance planner on steps whose answer is plain."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from poise.errors import PlacementError
+from poise.plan.balance import STRATEGIES, Strategy
+from poise.plan.balance_assignment import dispatch_of
+from tests.balance_cases import EXPERT_BYTES, LINK, balancer
+
+
+def skewed(ranks: int, experts: int, *, seed: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    share_E = rng.permutation(1.0 / np.arange(1, experts + 1) ** 1.2)
+    return rng.poisson(500 * experts * share_E / share_E.sum(), (ranks, experts))
+
+
+def windows(ranks: int, experts: float) -> np.ndarray:
+    """In which so many experts can be sent."""
+    return np.full(ranks, (experts + 0.5) * EXPERT_BYTES / LINK)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_counts_give_the_same_plan_again_and_elsewhere(strategy: Strategy) -> None:
+    counts_RE, window_s_R = skewed(8, 64), windows(8, 3)
+    one, other = balancer(np.ones(8), 64, strategy=strategy), balancer(np.ones(8), 64, strategy=strategy)
+    first = one.choose_replicas(counts_RE, window_s_R)
+    one.choose_replicas(skewed(8, 64, seed=2), window_s_R)
+    for plan in (one.choose_replicas(counts_RE, window_s_R), other.choose_replicas(counts_RE, window_s_R)):
+        np.testing.assert_array_equal(first.replica_N3, plan.replica_N3)
+        np.testing.assert_array_equal(first.assignment.tokens_N, plan.assignment.tokens_N)
+        np.testing.assert_array_equal(first.predicted_s_R, plan.predicted_s_R)
+
+
+def test_balanced_input_is_left_alone_and_counted() -> None:
+    one = balancer(np.ones(4), 16, token_bytes=1.0)
+    plan = one.choose_replicas(np.full((4, 16), 50), windows(4, 3))
+    assert not plan.replicas
+    assert plan.predicted_s == plan.unbalanced_s
+    one.choose_replicas(skewed(4, 16), windows(4, 3))
+    assert (one.planned, one.declined) == (2, 1)
+
+
+def test_no_tokens_no_replicas() -> None:
+    plan = balancer(np.ones(4), 16).choose_replicas(np.zeros((4, 16), dtype=np.int64), windows(4, 3))
+    assert not plan.replicas
+    assert plan.predicted_s == 0.0
+    assert plan.assignment.tokens_N.sum() == 0
+
+
+def test_a_slow_rank_is_relieved_though_tokens_are_equal() -> None:
+    speed_R = np.array([1.0, 1.0, 1.0, 0.5])
+    plan = balancer(speed_R, 16, token_bytes=1.0).choose_replicas(np.full((4, 16), 500), windows(4, 4))
+    assert plan.predicted_s < 0.75 * plan.unbalanced_s
+    assert {replica.source for replica in plan.replicas} == {3}
+
+
+def test_ours_is_faster_than_the_greedy_search() -> None:
+    counts_RE, window_s_R = skewed(8, 64), windows(8, 3)
+    ours, greedy = (
+        balancer(np.ones(8), 64, strategy=strategy).choose_replicas(counts_RE, window_s_R) for strategy in STRATEGIES
+    )
+    assert ours.predicted_s < 0.8 * greedy.predicted_s < 0.8 * greedy.unbalanced_s
+
+
+def test_experts_go_where_their_tokens_are_born() -> None:
+    """Ranks are balanced, but each asks for the other's expert alone: to exchange them saves all that travels."""
+    counts_RE = np.array([[0, 1000], [1000, 0]])
+    plan = balancer(np.ones(2), 2, replica_slots=1).choose_replicas(counts_RE, windows(2, 1))
+    np.testing.assert_array_equal(plan.assignment.tokens_ER(2), [[0, 1000], [1000, 0]])
+    assert {(replica.expert, replica.target) for replica in plan.replicas} == {(0, 1), (1, 0)}
+
+
+def test_memory_bound_steps_balance_active_experts() -> None:
+    """Where weights are all that costs, a rank with more active experts gives some away whole."""
+    counts_RE = np.zeros((2, 8), dtype=np.int64)
+    counts_RE[:, :4] = 1
+    plan = balancer(np.ones(2), 8, replica_slots=2, token_bytes=1e-3).choose_replicas(counts_RE, windows(2, 2))
+    active_R = (plan.assignment.tokens_ER(2) > 0).sum(axis=0)
+    np.testing.assert_array_equal(active_R, [2, 2])
+
+
+def test_tokens_go_to_their_own_rank_first_and_then_in_order() -> None:
+    counts_RE = np.array([[10, 0], [4, 0], [6, 0]])
+    one = balancer(np.ones(3), 2, slots_S=[0, 0, 1], replica_slots=0, token_bytes=1e-6)
+    assignment = one.divide(counts_RE, np.zeros((0, 3), dtype=np.int64)).assignment
+    assert assignment.tokens_N.tolist() == [10, 10, 0]
+    assert dispatch_of(assignment, counts_RE, 0).tokens_ER(3).tolist() == [[10, 0, 0], [0, 0, 0]]
+    assert dispatch_of(assignment, counts_RE, 2).tokens_ER(3).tolist() == [[0, 6, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [([0, 1, 2, 2], r"missing: \[3\]"), ([0, 1, 2], "multiple"), ([0, 1, 2, 3, 4, 4], "0 to 3"), ([], "multiple")],
+)
+def test_homes_that_are_none_are_refused(slots: list[int], message: str) -> None:
+    with pytest.raises(PlacementError, match=message):
+        balancer(np.ones(2), 4, slots_S=np.array(slots, dtype=np.int64))
+
+
+def test_strategies_and_slots_that_are_none_are_refused() -> None:
+    with pytest.raises(PlacementError, match="quota, greedy"):
+        balancer(np.ones(2), 4, strategy="best")  # type: ignore[arg-type]
+    with pytest.raises(PlacementError, match="-1 replica slots"):
+        balancer(np.ones(2), 4, replica_slots=-1)
