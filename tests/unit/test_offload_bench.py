@@ -16,11 +16,11 @@ from poise.bench.offload.ablation import VARIANTS
 from poise.bench.offload.case import CONFIG, MEMORY_BYTES, Outcome, ReferenceProducts, cache_bytes_per_token
 from poise.bench.offload.contenders import add_limits, decode_passes
 from poise.bench.offload.paper import best_of, ratios
-from poise.bench.offload.parts import Parts
 from poise.bench.offload.planner import VARIANTS as VARIANTS_OF_PLANS
 from poise.bench.offload.planner import Planned, planned_of
 from poise.bench.offload.planner import ratios as planner_ratios
 from poise.bench.offload.report import as_json, bubbles, memory, shares
+from poise.bench.parts import Parts
 from poise.bench.products import Products
 from poise.cost.curves import PointCurve
 from poise.errors import PoiseError, UsageError

@@ -3,7 +3,7 @@
 ``run_benchmark`` finds a benchmark by name and imports it then, so that importing this package loads no torch. A
 benchmark is a module with ``run(output: Path | None, json_output: bool) -> None``: it prints a table, or one JSON
 document, and writes a dated result file below ``output`` if that is given. A long one has ``PARTS``, and takes ``parts`` to
-run and how many decode ``steps`` to measure besides (``offload.parts``).
+run and how many decode ``steps`` to measure besides (``bench.parts``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BENCHMARKS = MappingProxyType(
         "offload-alike": "poise.bench.offload.like_for_like",
         "offload-llama": "poise.bench.offload.llama",
         "offload-planner": "poise.bench.offload.planner",
+        "parallel": "poise.bench.parallel.run",
         "place": "poise.bench.place.run",
         "prefetch": "poise.bench.prefetch",
         "prefetch-engine": "poise.bench.prefetch_engine",

@@ -136,6 +136,10 @@ class Cluster:
         self._stop()
         return ClusterResult(ranks=tuple(results), timed_out=timed_out)
 
+    def ended(self) -> tuple[int, ...]:
+        """The ranks that have ended by now."""
+        return tuple(rank for rank, running in enumerate(self._running) if ended_within(running.child.pid, 0.0))
+
     def signal(self, rank: int, number: int) -> None:
         """Send a signal to a running rank and what it started."""
         os.killpg(self._running[rank].child.pid, number)

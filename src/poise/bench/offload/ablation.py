@@ -15,8 +15,8 @@ from rich.table import Table
 
 from poise.bench.offload.case import CONFIG, reference_model, work_directory
 from poise.bench.offload.contenders import Contenders, decode_passes
-from poise.bench.offload.parts import Parts
-from poise.bench.offload.report import SETTING, as_json, bubbles, finish, limited, memory, say, shares
+from poise.bench.offload.report import SETTING, as_json, bubbles, finish, limited, memory, shares
+from poise.bench.parts import Parts, say
 
 NAME = "offload-ablation"
 BATCH_SIZE, NUM_BATCHES = 16, 16

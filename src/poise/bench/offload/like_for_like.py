@@ -16,8 +16,8 @@ from rich.table import Table
 
 from poise.bench.offload.case import Outcome, measure_reference_products, reference_model, work_directory
 from poise.bench.offload.contenders import OUT_OF_MEMORY, Contenders, decode_passes
-from poise.bench.offload.parts import Parts
-from poise.bench.offload.report import SETTING, as_json, bubbles, finish, limited, line, memory, say, shares
+from poise.bench.offload.report import SETTING, as_json, bubbles, finish, limited, line, memory, shares
+from poise.bench.parts import Parts, say
 from poise.bench.read_ahead import KERNEL_DEFAULT_KIB
 
 NAME = "offload-alike"

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from poise.bench.offload.case import measure_reference_products, work_directory
 from poise.bench.offload.contenders import Contenders, llama_model
-from poise.bench.offload.parts import Parts
-from poise.bench.offload.report import SETTING, as_json, bubbles, finish, limited, line, memory, say
+from poise.bench.offload.report import SETTING, as_json, bubbles, finish, limited, line, memory
+from poise.bench.parts import Parts, say
 from poise.bench.read_ahead import KERNEL_DEFAULT_KIB
 
 NAME = "offload-llama"

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from poise.bench.offload.case import measure_reference_products, reference_model, work_directory
 from poise.bench.offload.contenders import Contenders
-from poise.bench.offload.parts import Parts
-from poise.bench.offload.report import SETTING, as_json, bubbles, extrapolated, finish, limited, line, memory, say
+from poise.bench.offload.report import SETTING, as_json, bubbles, extrapolated, finish, limited, line, memory
+from poise.bench.parts import Parts, say
 from poise.bench.read_ahead import KERNEL_DEFAULT_KIB
 
 NAME = "offload"

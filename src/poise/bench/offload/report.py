@@ -31,11 +31,6 @@ def limited(directory: Path) -> Iterator[Limits]:
         yield limits
 
 
-def say(message: str) -> None:
-    """Progress, on standard error."""
-    print(message, file=sys.stderr, flush=True)
-
-
 def line(outcome: Outcome | str) -> str:
     """An outcome for the progress."""
     if isinstance(outcome, str):

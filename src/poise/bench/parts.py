@@ -7,13 +7,13 @@ table and the result file then also hold the others' last results, each with the
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from poise.bench.machine import stamp
-from poise.bench.offload.report import say
 from poise.errors import PoiseError
 from poise.spec.whole_file import write_whole
 
@@ -60,3 +60,8 @@ class Parts:
                 found = json.loads(file.read_text())
                 facts = {key: found["stamp"][key] for key in ("date", "commit", "dirty")}
                 yield part, facts | found["results"]
+
+
+def say(message: str) -> None:
+    """Progress, on standard error."""
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,167 @@
+"""One rank of a benchmark session: takes jobs from a directory, one after another, until one says ``end``.
+
+A job: ``model``, ``memory``, ``dtype``, ``balance`` (or ``reference``: one process, no ranks), ``groups`` ([[batch size,
+batches]]), ``prompts`` (JSON file of token ids, in the order of passes), ``new_tokens``; optional ``policy`` (fields other than
+as they are), ``placement`` (as its file has it), ``redundant_slots``, ``keeps_records`` (every layer of every pass, into a
+file), ``tells_passes`` (how many are done, in a file), ``has_figures`` (False: no layer is taken down).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+import torch
+
+from poise.engine.llm import LLM
+from poise.engine.parallel_llm import BALANCES, ParallelLLM
+from poise.engine.request import Prompt, RequestOutput
+from poise.engine.sampling import SamplingParams
+from poise.parallel.launch import Launch
+from poise.parallel.moe_layer import LayerRecord
+from poise.spec.placement import Placement
+from poise.spec.whole_file import write_whole
+
+_POLL_S = 0.01
+
+
+def main() -> None:
+    """Runs jobs."""
+    directory = Path(sys.argv[1])
+    launch = Launch.from_environment(os.environ)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    for number in range(sys.maxsize):
+        job = json.loads(_await(directory / f"job-{number}.json"))
+        if job.get("end"):
+            return
+        here = replace(launch, port=launch.port + 1 + number, attempt=number)  # a store of its own
+        facts = _Rank(directory, number, here, job).run()
+        write_whole(directory / f"done-{launch.rank}-{number}.json", json.dumps(facts))
+
+
+class _Rank:
+    """One job on this rank."""
+
+    def __init__(self, directory: Path, number: int, launch: Launch, job: Mapping[str, Any]) -> None:
+        self._directory, self._number, self._launch, self._job = directory, number, launch, job
+        self._stamps_ns: list[int] = []
+        self._rows: list[tuple[int, int, float]] = []
+        self._load: list[Any] = []
+
+    def run(self) -> dict[str, Any]:
+        job = self._job
+        if job["balance"] == "reference":
+            return self._run_alone()
+        facts: dict[str, Any] = {}
+        with self._open() as llm:
+            if job.get("keeps_records"):
+                self._listen(llm)
+            self._loaded()
+            if self._launch.rank > 0:
+                llm.follow()
+            else:
+                made = llm.generate(*self._asked(), on_progress=lambda _: self._stamp())
+                facts = self._facts(llm, made)
+            if job.get("keeps_records"):
+                self._save_records(len(llm.placement.layers))
+        return facts
+
+    def _run_alone(self) -> dict[str, Any]:
+        """One process with all experts, as anyone runs it."""
+        with LLM(self._job["model"], memory=self._job["memory"], dtype=self._job["dtype"]) as llm:
+            self._loaded()
+            return {"tokens": _tokens(llm.generate(*self._asked()))}
+
+    def _open(self) -> ParallelLLM:
+        job = self._job
+        policy = BALANCES[job["balance"]]
+        if policy is not None and "policy" in job:
+            policy = replace(policy, **job["policy"])  # type: ignore[type-var]
+        placement, groups = job.get("placement"), job.get("groups")
+        llm = ParallelLLM(
+            job["model"],
+            self._launch,
+            memory=job["memory"],
+            dtype=job["dtype"],
+            balance=job["balance"],
+            policy=policy,
+            redundant_slots=job.get("redundant_slots"),
+            placement=None if placement is None else Placement.from_json(placement),
+            groups=[(size, n) for size, n in groups] if groups else None,
+        )
+        if not job.get("has_figures", True):
+            llm.runner.recorder = llm.runner.layers.on_record = None
+        return llm
+
+    def _listen(self, llm: ParallelLLM) -> None:
+        """Keeps every layer of every pass, besides what the rank takes down anyway."""
+        layers = llm.runner.layers
+        assert layers.counts_LE is None, "whoever balances takes the counts"
+        layers.counts_LE = counts_LE = np.zeros((len(layers.copies_L), llm.placement.num_experts), dtype=np.int64)
+        take = layers.on_record
+
+        def keep(record: LayerRecord) -> None:
+            if take is not None:
+                take(record)
+            self._rows.append((record.routed_tokens, record.active_experts, record.compute_s))
+            if record.layer + 1 == len(counts_LE):
+                self._load.append(counts_LE.copy())
+                counts_LE[:] = 0
+
+        layers.on_record = keep
+
+    def _save_records(self, layers: int) -> None:
+        records_PLN = np.array(self._rows, dtype=float).reshape(-1, layers, 3)
+        file = self._directory / f"records-{self._launch.rank}-{self._number}.npz"
+        np.savez(file, records=records_PLN, load=np.array(self._load))
+
+    def _loaded(self) -> None:
+        """Waits until all ranks have loaded, and limits are as the layout says."""
+        write_whole(self._directory / f"loaded-{self._launch.rank}-{self._number}.json", "{}")
+        _await(self._directory / f"go-{self._number}.json")
+
+    def _asked(self) -> tuple[list[Prompt], SamplingParams]:
+        """Prompts, those of the first pass last: queues are taken from the end."""
+        prompts: list[Prompt] = [
+            {"prompt_token_ids": ids} for ids in json.loads(Path(self._job["prompts"]).read_text())
+        ]
+        return prompts[::-1], SamplingParams(max_tokens=self._job["new_tokens"], ignore_eos=True)
+
+    def _stamp(self) -> None:
+        self._stamps_ns.append(perf_counter_ns())
+        if self._job.get("tells_passes"):
+            (self._directory / f"passes-{self._number}.json").write_text(str(len(self._stamps_ns) - 1))
+
+    def _facts(self, llm: ParallelLLM, made: Sequence[RequestOutput]) -> dict[str, Any]:
+        figures, balancing = llm.figures, llm.balancing
+        return {
+            "tokens": _tokens(made),
+            "stamps_ns": self._stamps_ns,
+            "passes_in_halves": llm.runner.passes_in_halves,
+            "figures": None if figures is None else figures.to_json(),
+            "history": [] if balancing is None else [asdict(each) for each in balancing.history],
+            "table": [] if balancing is None else balancing.table(),
+        }
+
+
+def _tokens(made: Sequence[RequestOutput]) -> list[list[int]]:
+    """In the order in which prompts were given to the job."""
+    return [list(each.outputs[0].token_ids) for each in made][::-1]
+
+
+def _await(file: Path) -> str:
+    while not file.exists():
+        time.sleep(_POLL_S)
+    return file.read_text()
+
+
+if __name__ == "__main__":
+    main()

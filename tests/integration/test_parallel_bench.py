@@ -1,0 +1,63 @@
+"""The expert-parallel benchmark on a tiny model: real ranks run its jobs, and its figures say what happened."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from poise.bench.parallel import unequal
+from poise.bench.parallel.case import DTYPE, MEMORY, Case, shared_ranks, write_rows
+from poise.bench.parallel.session import Session
+from poise.errors import PoiseError
+from tests.conftest import VOCABULARY, MakeCheckpoint
+
+
+def tiny_case(model: Path) -> Case:
+    draw = np.random.default_rng(1)
+    rows = {name: draw.integers(3, VOCABULARY, (64, 32)) for name in ("profile", "measured")}
+    return Case(name="tiny", model=model, rows=rows)
+
+
+def test_ranks_stay_for_several_jobs_and_placements_are_measured_beside_the_bound(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    case = tiny_case(checkpoint("qwen3_moe", DTYPE))
+    prompts = write_rows(
+        tmp_path / "prompts.json", [row[: 5 * n] for n, row in enumerate(case.rows["measured"][1:7], 1)]
+    )
+    job = {"model": str(case.model), "memory": MEMORY, "dtype": DTYPE, "prompts": prompts, "new_tokens": 20}
+    with Session(shared_ranks(2)) as session:
+        wanted = session.run({**job, "balance": "reference"}).facts["tokens"]
+        balanced = session.run({**job, "balance": "eplb", "policy": {"interval": 4}}).facts
+        facts = unequal.measure(
+            session, case, tmp_path, kinds=("profile", "measured"), rows_per_rank=4, passes=4, rounds=1
+        )
+        with pytest.raises(PoiseError, match=r"rank \d failed"):
+            session.run({**job, "model": "no such model", "balance": "static"})
+    assert balanced["tokens"] == wanted
+    assert sum(each["moved_experts"] for each in balanced["history"]) > 0
+    assert len(balanced["stamps_ns"]) == balanced["figures"]["passes"] + 1
+    assert facts["slots_per_rank"] == 6
+    policies = facts["policies"]
+    assert list(policies) == list(unequal.POLICIES)
+    assert policies["token-balanced"]["token_imbalance"] < policies["contiguous"]["token_imbalance"] + 0.05
+    for row in policies.values():
+        assert 0 < facts["bound_s"] == row["bound_frac"] * row["expert_s"]
+        assert row["expert_s"] < row["step_s"]
+        assert len(row["step_s_by_round"]) == 1
+
+
+@pytest.mark.slow
+def test_a_part_runs_as_a_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "poise", "bench", "parallel", "--part", "exact", "--output", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr
+    (file,) = tmp_path.glob("*-parallel.json")
+    rows = json.loads(file.read_text())["results"]["parts"]["exact"]["rows"]
+    assert {row["ranks"] for row in rows} == {1, 2, 4}
+    assert not any(row["different"] for row in rows)

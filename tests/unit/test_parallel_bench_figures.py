@@ -1,0 +1,90 @@
+"""What the expert-parallel benchmark makes of passes: recovery, summaries, tables, a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from poise.bench.parallel import plot
+from poise.bench.parallel.change import SETTLED, recovered_at
+from poise.bench.parallel.session import JobResult
+from poise.bench.parallel.tables import MAKERS, tables
+from poise.bench.parallel.unequal import WARM_UP, costs_of, summary
+
+
+def test_recovery_is_when_steps_come_near_to_where_the_run_ends() -> None:
+    slow_then_fast = [1.0] * 10 + [2.0] * 12 + [1.05] * 20
+    assert recovered_at(slow_then_fast, 10) == 10, "the running median of 5 is fast two passes before all five are"
+    assert recovered_at([1.0] * 30, 10) == 0, "it never left"
+    assert recovered_at([1.0] * 10 + [2.0] * 20, 10) == 0, "it stays as it is: that is its level"
+    held_up = [1.0] * 10 + [2.0] * 3 + [1.0] + [2.0] * 6 + [1.0] * SETTLED
+    assert recovered_at(held_up, 10) == 8, "one fast pass is not enough"
+
+
+def result(seconds_R: list[float], pairs_R: list[float], passes: int) -> JobResult:
+    """Two layers alike; warm-up passes are ten times as slow."""
+    ranks = len(seconds_R)
+    slow_P = np.where(np.arange(passes + WARM_UP) < WARM_UP, 10.0, 1.0)
+    records = np.zeros((ranks, passes + WARM_UP, 2, 3))
+    records[..., 0] = np.array(pairs_R)[:, None, None]
+    records[..., 1] = 1.0
+    records[..., 2] = np.array(seconds_R)[:, None, None] * slow_P[None, :, None]
+    stamps_ns = np.concatenate([[0], np.cumsum(3 * max(seconds_R) * slow_P)]) * 1e9
+    return JobResult(facts={"stamps_ns": stamps_ns.tolist()}, records_RPLN=records, load_PLE=None)
+
+
+def test_a_summary_takes_the_slowest_rank_of_each_layer_and_leaves_warm_up_out() -> None:
+    facts = summary([result([1.0, 3.0], [10, 10], 5), result([1.0, 3.0], [10, 10], 5)], bound_s=4.0)
+    assert facts["step_s"] == pytest.approx(9.0)
+    assert facts["expert_s"] == pytest.approx(6.0)
+    assert facts["bound_frac"] == pytest.approx(4 / 6)
+    assert facts["time_imbalance"] == pytest.approx(1.5)
+    assert facts["token_imbalance"] == pytest.approx(1.0)
+
+
+def test_costs_are_those_of_ranks() -> None:
+    costs = costs_of([result([1.0, 3.0], [10, 10], 40)])
+    slow, fast = costs.seconds_LR(np.array([[10.0, 10.0]]), np.array([[1.0, 1.0]]))[0][::-1]
+    assert slow == pytest.approx(3 * fast, rel=0.1)
+
+
+CHANGE: dict[str, Any] = {
+    "change": "text from code to prose",
+    "model": "tiny",
+    "commit": "0123456789",
+    "policies": {
+        name: {
+            "change_at_pass": 2,
+            "before_s": 0.1,
+            "worst_s": 0.2,
+            "end_s": 0.1,
+            "total_after_s": 0.4,
+            "detected_after_passes": detected,
+            "detected_after_s": None if detected is None else 0.2,
+            "recovered_after_passes": 2,
+            "recovered_after_s": 0.3,
+            "moves_before": 0,
+            "moves_after": 7,
+            "rearrangements": [[3, 7], [9, 1]],
+            "step_s": [0.1, 0.1, 0.2, 0.2, 0.1],
+        }
+        for name, detected in (("vibe", 1), ("eplb", None))
+    },
+}
+
+
+def test_tables_say_never_where_a_policy_did_not_move() -> None:
+    (table,) = tables({"switch": CHANGE})
+    moved = next(column for column in table.columns if column.header == "first move")
+    assert list(moved.cells) == ["1 passes, 0.2 s", "never"]
+    assert set(MAKERS) == {"exact", "unequal", "cut", "switch", "watching", "scaling", "halves"}
+
+
+def test_recovery_is_drawn(tmp_path: Path) -> None:
+    target = tmp_path / "recovery.png"
+    plot.draw({"switch": CHANGE}, target, source="a file")
+    assert target.read_bytes().startswith(b"\x89PNG")
+    assert plot.smoothed([1.0, 9.0, 1.0, 1.0]) == [5.0, 1.0, 1.0, 1.0]
