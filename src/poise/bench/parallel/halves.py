@@ -15,35 +15,52 @@ from poise.bench.cluster.layout import GBIT_PER_S, slow_link, two_ranks
 from poise.bench.parallel.case import Case, cycled, prefill_job, write_rows
 from poise.bench.parallel.session import JobResult, Session
 
-ROWS_PER_RANK = 8
+PREFILL_ROWS, DECODE_ROWS = 8, 32
+"""Of each rank."""
 PASSES = 6
+NEW_TOKENS = 24
 WARM_UP = 2
 ROUNDS = 2
 LINKS = (two_ranks(), two_ranks().with_link(4 * GBIT_PER_S), slow_link())
-WAYS = {"whole": [[ROWS_PER_RANK, 1]], "halves": [[ROWS_PER_RANK // 2, 2]]}
-"""Batch size and number of batches."""
+WAYS = ("whole", "halves")
 
 
 def measure(case: Case, directory: Path, *, passes: int = PASSES) -> dict[str, Any]:
-    """Median time of a pass, whole and in halves, for each link."""
-    count = (passes + WARM_UP) * ROWS_PER_RANK * 2
-    prompts = write_rows(directory / f"{case.model.name}-halves.json", cycled(next(iter(case.rows.values())), count))
+    """Median time of prefill and decode passes, as one batch and as two, for each link."""
+    jobs = _jobs(case, directory, passes)
     rows = []
     for layout in LINKS:
-        results: dict[str, list[JobResult]] = {name: [] for name in WAYS}
+        results: dict[tuple[str, str], list[JobResult]] = {(kind, way): [] for kind in jobs for way in WAYS}
         with Session(layout) as session:
             for number in range(ROUNDS):
-                for name in list(WAYS) if number % 2 == 0 else list(WAYS)[::-1]:
-                    job = prefill_job(case, prompts, rows_per_rank=ROWS_PER_RANK)
-                    results[name].append(session.run({**job, "groups": WAYS[name]}))
-        rows.append(
-            {
-                "layout": layout.name,
-                "passes_in_halves": sum(each.facts["passes_in_halves"] for each in results["halves"]),
-                **{name: _facts(runs) for name, runs in results.items()},
-            }
-        )
-    return {"model": case.name, "rows_per_rank": ROWS_PER_RANK, "rows": rows}
+                for kind, job in jobs.items():
+                    size = job["groups"][0][0]
+                    shapes = {"whole": [[size, 1]], "halves": [[size // 2, 2]]}
+                    for way in WAYS if number % 2 == 0 else WAYS[::-1]:
+                        results[kind, way].append(session.run({**job, "groups": shapes[way]}))
+        for kind in jobs:
+            rows.append(
+                {
+                    "layout": layout.name,
+                    "pass": kind,
+                    "passes_in_halves": sum(each.facts["passes_in_halves"] for each in results[kind, "halves"]),
+                    **{way: _facts(results[kind, way]) for way in WAYS},
+                }
+            )
+    return {"model": case.name, "rows": rows}
+
+
+def _jobs(case: Case, directory: Path, passes: int) -> dict[str, dict[str, Any]]:
+    text, ranks = next(iter(case.rows.values())), 2
+    prompts = cycled(text, (passes + WARM_UP) * PREFILL_ROWS * ranks)
+    starts = cycled(text, DECODE_ROWS * ranks)[:, :32]
+    decode = prefill_job(case, write_rows(directory / "halves-decode.json", starts), rows_per_rank=DECODE_ROWS)
+    return {
+        f"prefill of {PREFILL_ROWS} rows a rank": prefill_job(
+            case, write_rows(directory / "halves.json", prompts), rows_per_rank=PREFILL_ROWS
+        ),
+        f"decode of {DECODE_ROWS} rows a rank": {**decode, "new_tokens": NEW_TOKENS},
+    }
 
 
 def _facts(runs: list[JobResult]) -> dict[str, Any]:

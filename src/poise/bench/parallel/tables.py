@@ -96,11 +96,12 @@ def _scaling(facts: Facts) -> Table:
 
 
 def _halves(facts: Facts) -> Table:
-    title = f"passes in halves, prefill of {facts['rows_per_rank']} rows a rank, {facts['model']}"
-    table = _table(title, "links", "whole", "quartiles", "halves", "quartiles", "faster", "passes in halves")
+    title = f"passes of one batch, and of two that take turns; {facts['model']}"
+    table = _table(title, "links", "pass", "whole", "quartiles", "halves", "quartiles", "faster", "run in halves")
     for row in facts["rows"]:
         table.add_row(
             row["layout"],
+            row["pass"],
             _ms(row["whole"]["step_s"]),
             _range(row["whole"]["step_s_quartiles"]),
             _ms(row["halves"]["step_s"]),
