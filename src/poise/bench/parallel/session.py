@@ -57,6 +57,7 @@ class Session:
         self._directory = Path(self._scratch.name)
         self._cluster = Cluster(layout)
         self._jobs = 0
+        self._has_failed = False
         self._has_quotas = any(limits.cores is not None for limits in layout.ranks)
 
     def __enter__(self) -> Self:
@@ -74,7 +75,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None:
+            if error is None and not self._has_failed:
                 self._put("job", {"end": True})
                 self._cluster.wait(20.0)
         finally:
@@ -138,6 +139,7 @@ class Session:
         while not all(file.exists() for file in files):
             ended = self._cluster.ended()
             if ended or time.monotonic() > deadline:
+                self._has_failed = True
                 result = self._cluster.wait(5.0 if ended else 0.0)
                 said = next((rank.stderr.strip()[-400:] for rank in result.ranks if rank.returncode > 0), "")
                 raise PoiseError(
