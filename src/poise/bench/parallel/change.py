@@ -17,9 +17,9 @@ import numpy.typing as npt
 from poise.bench.parallel.case import Case, cycled, prefill_job, write_rows
 from poise.bench.parallel.session import JobResult, Session
 
-BEFORE, AFTER = 24, 72
+BEFORE, AFTER = 40, 80
 """Passes before the change, and after."""
-INTERVALS: Mapping[str, int] = {"vibe": 8, "eplb": 32}
+INTERVALS: Mapping[str, int] = {"vibe": 4, "eplb": 32}
 """Passes in a window: half of what the engine has, as runs are short."""
 CUT_RANK = 2
 CUT_FRAC = 0.5
