@@ -17,6 +17,7 @@ from poise.errors import UsageError
 
 BENCHMARKS = MappingProxyType(
     {
+        "balance": "poise.bench.balance.run",
         "disk": "poise.bench.disk",
         "exchange": "poise.bench.cluster.exchange",
         "int4": "poise.bench.int4",

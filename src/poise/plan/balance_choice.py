@@ -14,36 +14,88 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from poise.plan.balance_spread import CLOSE_FRAC, LEAST_TOKENS, ROUNDS, fill, spread
+from poise.plan.balance_spread import LEAST_TOKENS, ROUNDS, fill, spread
 from poise.plan.balance_state import (
     NONE,
     Counts,
     Group,
     Step,
     add_replica,
+    copy_step,
     drop_replica,
+    empty_step,
     holds,
     latest,
     level_s,
     set_quota,
+    slowest_s,
 )
-from poise.plan.balance_trials import source_of, take_born, try_fewer, try_others
+from poise.plan.balance_trials import source_of, take_born, try_fewer, try_others, try_relief
 from poise.plan.compiled import compiled
 from poise.plan.expert_loads import Ints
+
+HAND_OVER_WORK = 8
+"""Setting so many copies takes about as long as one hand-over."""
+LINKS_FRAC = 0.4
+"""Of a token's time in its expert, from which on its way decides which replicas come first."""
+UNEVEN_FRAC = 0.005
+"""Of the time: by how much the slowest rank may be late, and"""
+UNEVEN_ACTIVE = 0.5
+"""by how many active experts."""
 
 
 @compiled
 def choose(step: Step, group: Group, counts_RE: Counts) -> None:
     """Adds replicas to ``step`` and spreads all tokens."""
-    _save_links(step, group, counts_RE)
-    spread(step, ROUNDS)
-    _relieve(step, group, counts_RE)
-    spread(step, ROUNDS)
-    try_others(step, group, counts_RE)
-    try_fewer(step)
+    links_first = _links_weigh(step)
+    work = _in_order(step, group, counts_RE, links_first)
+    if slowest_s(step) > _goal_s(step) and work < group.most_work:
+        other = empty_step(len(step.copy_C), len(step.expert_E), len(step.rank_R))
+        copy_step(step, other)
+        for slot in range(len(group.slot_to_expert_S), len(other.copy_C)):
+            if other.copy_C[slot]["expert"] != NONE:
+                drop_replica(other, slot)
+        work += _in_order(other, group, counts_RE, not links_first)
+        if slowest_s(other) < slowest_s(step):
+            copy_step(other, step)
+        work = try_relief(step, group, counts_RE, work)
+    work = try_others(step, group, counts_RE, work)
+    try_fewer(step, group, work)
     for slot in range(len(group.slot_to_expert_S), len(step.copy_C)):
         if step.copy_C[slot]["expert"] != NONE and step.copy_C[slot]["quota"] < LEAST_TOKENS:
             drop_replica(step, slot)
+
+
+@compiled
+def _goal_s(step: Step) -> float:
+    """As late as a rank may be: to relieve it of less costs others more, an active expert for each replica."""
+    active_s = 0.0
+    for rank in range(len(step.rank_R)):
+        active_s += step.rank_R[rank]["active_s"] / len(step.rank_R)
+    level = level_s(step)
+    return level + max(UNEVEN_FRAC * level, UNEVEN_ACTIVE * active_s)
+
+
+@compiled
+def _links_weigh(step: Step) -> bool:
+    """Whether a token's way costs about as much as its expert."""
+    way_s = token_s = 0.0
+    for rank in range(len(step.rank_R)):
+        way_s += step.rank_R[rank]["in_s"]
+        token_s += step.rank_R[rank]["token_s"]
+    return way_s > LINKS_FRAC * token_s
+
+
+@compiled
+def _in_order(step: Step, group: Group, counts_RE: Counts, links_first: bool) -> int:
+    """What comes first has the slots and windows. Returns the work."""
+    if links_first:
+        _save_links(step, group, counts_RE)
+        work = spread(step, ROUNDS) + _relieve(step, group, counts_RE)
+    else:
+        work = _relieve(step, group, counts_RE)
+        _save_links(step, group, counts_RE)
+    return work + spread(step, ROUNDS)
 
 
 @compiled
@@ -66,20 +118,25 @@ def replicas_of(step: Step, group: Group) -> Ints:
 @compiled
 def _save_links(step: Step, group: Group, counts_RE: Counts) -> None:
     """The heaviest expert first, to the ranks where it saves most."""
-    num_experts = counts_RE.shape[1]
     least, free = np.inf, 0
     for rank in range(len(step.rank_R)):
         its = step.rank_R[rank]
         least = min(least, its["active_s"] / its["out_s"])
         free += its["slots"]
-    total_E = np.empty(num_experts)
-    for expert in range(num_experts):
-        total_E[expert] = -step.expert_E[expert]["total"]
-    order_E = np.argsort(total_E)
-    for place in range(num_experts):
-        expert = order_E[place]
-        if free == 0 or -total_E[expert] <= least:
-            break
+    open_E = np.empty(len(step.expert_E), dtype=np.int64)
+    count = 0
+    for expert in range(len(step.expert_E)):
+        if step.expert_E[expert]["most"] > least:
+            open_E[count] = expert
+            count += 1
+    while free > 0 and count > 0:
+        heaviest = 0
+        for place in range(1, count):
+            if step.expert_E[open_E[place]]["total"] > step.expert_E[open_E[heaviest]]["total"]:
+                heaviest = place
+        expert = open_E[heaviest]
+        open_E[heaviest] = open_E[count - 1]
+        count -= 1
         source = source_of(step, expert)
         while source != NONE and free > 0:
             best = _where_most_is_saved(step, counts_RE, expert)
@@ -102,18 +159,18 @@ def _where_most_is_saved(step: Step, counts_RE: Counts, expert: int) -> int:
 
 
 @compiled
-def _relieve(step: Step, group: Group, counts_RE: Counts) -> None:
-    """Late ranks hand tokens over, the latest first, until all finish by the level or none can any more."""
-    num_ranks = len(step.rank_R)
+def _relieve(step: Step, group: Group, counts_RE: Counts) -> int:
+    """Late ranks hand tokens over, the latest first, until all finish by the goal or none can any more. Returns the work."""
+    num_ranks, work = len(step.rank_R), 0
     spent_R = np.zeros(num_ranks, dtype=np.bool_)
     for _ in range(num_ranks * (1 + group.replica_slots)):
-        goal_s = (1.0 + CLOSE_FRAC) * level_s(step)
-        late = latest(step)
+        goal_s, late = _goal_s(step), latest(step)
         if step.rank_R[late]["seconds"] <= goal_s:
-            return
+            break
         giver = late if not spent_R[late] else _partner(step, group, late, spent_R, goal_s)
         if giver == NONE:
-            return
+            break
+        work += HAND_OVER_WORK
         copy, rank, tokens = _best_hand_over(step, group, counts_RE, giver, goal_s)
         if copy == NONE:
             spent_R[giver] = True
@@ -122,7 +179,8 @@ def _relieve(step: Step, group: Group, counts_RE: Counts) -> None:
         set_quota(step, copy, step.copy_C[copy]["quota"] - tokens)
         set_quota(step, new, tokens)
         if giver != late:
-            _refill(step, group, giver)
+            work += _refill(step, group, giver)
+    return work
 
 
 @compiled
@@ -159,11 +217,15 @@ def _partner(step: Step, group: Group, late: int, spent_R: npt.NDArray[np.bool_]
 
 
 @compiled
-def _refill(step: Step, group: Group, rank: int) -> None:
+def _refill(step: Step, group: Group, rank: int) -> int:
+    """Spreads what a rank shares with others anew. Returns the work."""
+    work = 0
     for place in range(_places(step, group)):
         expert = step.copy_C[_copy_at(step, group, rank, place)]["expert"]
         if expert != NONE and step.expert_E[expert]["copies"] > 1:
             fill(step, expert, np.inf)
+            work += step.expert_E[expert]["copies"]
+    return work
 
 
 @compiled
@@ -176,20 +238,23 @@ def _best_hand_over(step: Step, group: Group, counts_RE: Counts, giver: int, goa
         return best, taker, moved
     token_s, in_s = mine["token_s"], mine["in_s"]
     excess = (mine["seconds"] - goal_s) / (token_s + 0.5 * in_s)
-    for copy in range(giver * per_rank, (giver + 1) * per_rank):
-        quota, expert = step.copy_C[copy]["quota"], step.copy_C[copy]["expert"]
-        if expert == NONE or quota * (token_s + in_s) <= most_s:
+    for rank in range(len(step.rank_R)):
+        its = step.rank_R[rank]
+        if its["slots"] == 0 or rank == giver or its["seconds"] >= goal_s:
             continue
-        for rank in range(len(step.rank_R)):
-            its = step.rank_R[rank]
-            if its["slots"] == 0 or rank == giver:
+        for place in range(giver * per_rank, (giver + 1) * per_rank):
+            copy = step.copy_C[place]
+            quota, expert = copy["quota"], copy["expert"]
+            if expert == NONE or quota * (token_s + in_s) <= most_s:
                 continue
             local = min(float(counts_RE[rank, expert]), quota)
             room = goal_s - its["seconds"] - its["active_s"] + its["out_s"] * local
             tokens = min(quota, excess, room / its["token_s"])
+            if its["gives"] > 0:  # it passes on what lies too much on it then
+                tokens = max(tokens, min(quota, excess / mine["gives"]))
             if tokens < LEAST_TOKENS:
                 continue
             saved_s = tokens * token_s + in_s * min(local, tokens)
             if saved_s > most_s and not holds(step, expert, rank):
-                best, taker, moved, most_s = copy, rank, tokens, saved_s
+                best, taker, moved, most_s = place, rank, tokens, saved_s
     return best, taker, moved

@@ -17,10 +17,11 @@ from poise.plan.compiled import compiled
 
 CLOSE_FRAC = 2e-3
 """Of the time: differences that are let be."""
+LATE_FRAC = 4e-3
+"""Of the time: by how much ranks may end apart."""
 ROUNDS = 8
 """Over all experts; enough in practice."""
 NARROWINGS = 16
-CALM_ROUNDS = 3
 LEAST_TOKENS = 1.0
 """Fewer are not worth an expert."""
 
@@ -30,20 +31,30 @@ def spread(step: Step, most_rounds: int) -> int:
     """Sets all quotas of experts with several copies. Returns how many copies were set."""
     work = 0
     for stay in (True, False):
-        best_s, calm = np.inf, 0
+        best_s = np.inf
         for _ in range(most_rounds):
             level, last_s = level_s(step), slowest_s(step)
-            if last_s <= (1.0 + CLOSE_FRAC) * level:
+            if last_s <= (1.0 + LATE_FRAC) * level:
                 return work
-            calm = calm + 1 if best_s - last_s <= CLOSE_FRAC * last_s else 0
-            if calm == CALM_ROUNDS:
+            if last_s > (1.0 - CLOSE_FRAC) * best_s:
                 break
-            best_s = min(best_s, last_s)
+            best_s, late_s = last_s, (1.0 + LATE_FRAC / 2) * level
             for expert in range(len(step.expert_E)):
-                if step.expert_E[expert]["copies"] > 1:
-                    fill(step, expert, np.inf if stay else (1.0 + CLOSE_FRAC / 2) * level)
+                if step.expert_E[expert]["copies"] > 1 and _is_late(step, expert, late_s):
+                    fill(step, expert, np.inf if stay else late_s)
                     work += step.expert_E[expert]["copies"]
     return work
+
+
+@compiled
+def _is_late(step: Step, expert: int, late_s: float) -> bool:
+    place = step.expert_E[expert]["first"]
+    while place != NONE:
+        copy = step.copy_C[place]
+        if step.rank_R[copy["rank"]]["seconds"] > late_s:
+            return True
+        place = copy["next"]
+    return False
 
 
 @compiled
@@ -51,11 +62,11 @@ def fill(step: Step, expert: int, late_s: float) -> None:
     """Spreads an expert's tokens. Those born with a copy leave it only if the rank now finishes later than ``late_s``, or if
     they are too few for an active expert."""
     its = step.expert_E[expert]
-    level = _level_of(step, expert, late_s)
+    level = _level_of(step, its["first"], its["total"], late_s)
     left, place, taker, most_in = its["total"], its["first"], NONE, -np.inf
     while place != NONE:
         copy = step.copy_C[place]
-        tokens, _ = _tokens_at(copy, step.rank_R[copy["rank"]], level, late_s)
+        tokens, _ = _tokens_at(copy, step.rank_R[copy["rank"]], level)
         tokens = min(tokens, left)
         if tokens < LEAST_TOKENS:
             tokens = 0.0
@@ -69,23 +80,26 @@ def fill(step: Step, expert: int, late_s: float) -> None:
 
 
 @compiled
-def _level_of(step: Step, expert: int, late_s: float) -> float:
+def _level_of(step: Step, first: int, total: float, late_s: float) -> float:
     """The time up to which copies take exactly all tokens: Newton's method, kept between bounds."""
-    total = step.expert_E[expert]["total"]
-    level = top = 0.0
-    place = step.expert_E[expert]["first"]
+    level = top = weights = 0.0
+    place = first
     while place != NONE:
-        rank = step.rank_R[step.copy_C[place]["rank"]]
-        level = max(level, rank["seconds"])
+        copy = step.copy_C[place]
+        rank = step.rank_R[copy["rank"]]
+        _prepare(copy, rank, late_s)
+        level += rank["weight"] * rank["seconds"]
+        weights += rank["weight"]
         top = max(top, (rank["token_s"] + rank["in_s"]) * total + rank["active_s"] + rank["seconds"])
-        place = step.copy_C[place]["next"]
+        place = copy["next"]
+    level /= weights
     low, high = 0.0, top
     for _ in range(NARROWINGS):
         tokens = slope = 0.0
-        place = step.expert_E[expert]["first"]
+        place = first
         while place != NONE:
             copy = step.copy_C[place]
-            taken, more = _tokens_at(copy, step.rank_R[copy["rank"]], level, late_s)
+            taken, more = _tokens_at(copy, step.rank_R[copy["rank"]], level)
             tokens += taken
             slope += more
             place = copy["next"]
@@ -102,29 +116,42 @@ def _level_of(step: Step, expert: int, late_s: float) -> float:
 
 
 @compiled
-def _tokens_at(copy: Any, rank: Any, level: float, late_s: float) -> tuple[float, float]:
+def _prepare(copy: Any, rank: Any, late_s: float) -> None:
+    """``born_s``: when the rank would finish with the copy's born tokens. ``free_in``: tokens that may then come in beside the
+    heavier direction of the link, ``free_out``: that may go out; -1 where none leave."""
+    quota, born = copy["quota"], copy["born"]
+    active = rank["active"] + (0.0 if quota > 0.0 else 1.0)
+    wire_in_s = rank["in_s"] * (rank["in"] - max(0.0, quota - born))
+    wire_out_s = rank["out_s"] * (rank["out"] - max(0.0, born - quota))
+    born_s = rank["fixed_s"] + rank["active_s"] * active + rank["token_s"] * (rank["tokens"] - quota + born)
+    copy["born_s"] = born_s + max(wire_in_s, wire_out_s)
+    copy["free_in"] = max(0.0, wire_out_s - wire_in_s) / rank["in_s"]
+    if rank["seconds"] <= late_s and rank["out_s"] * born >= rank["active_s"]:
+        copy["free_out"] = -1.0
+    else:
+        copy["free_out"] = max(0.0, wire_in_s - wire_out_s) / rank["out_s"]
+
+
+@compiled
+def _tokens_at(copy: Any, rank: Any, level: float) -> tuple[float, float]:
     """The most tokens of a copy with which its rank finishes by ``level``, all else as it is, and the slope of that."""
     if copy["shut"] == 1:
         return 0.0, 0.0
-    quota, born = copy["quota"], copy["born"]
-    token_s, in_s, out_s = rank["token_s"], rank["in_s"], rank["out_s"]
-    active = rank["active"] + (0.0 if quota > 0.0 else 1.0)
-    wire_in_s = in_s * (rank["in"] - max(0.0, quota - born))
-    wire_out_s = out_s * (rank["out"] - max(0.0, born - quota))
-    born_s = rank["fixed_s"] + rank["active_s"] * active + token_s * (rank["tokens"] - quota + born)
-    born_s += max(wire_in_s, wire_out_s)
-    if level >= born_s:  # tokens born elsewhere come in; at first beside the heavier direction of the link
-        free = (wire_out_s - wire_in_s) / in_s if wire_out_s > wire_in_s else 0.0
-        if level <= born_s + token_s * free:
-            return born + (level - born_s) / token_s, 1.0 / token_s
-        return born + free + (level - born_s - token_s * free) / (token_s + in_s), 1.0 / (token_s + in_s)
-    if rank["seconds"] <= late_s and out_s * born >= rank["active_s"]:
+    born, token_s, over_s = copy["born"], rank["token_s"], level - copy["born_s"]
+    if over_s >= 0.0:  # tokens born elsewhere come in
+        free_s = token_s * copy["free_in"]
+        if over_s <= free_s:
+            return born + over_s / token_s, 1.0 / token_s
+        slope = 1.0 / (token_s + rank["in_s"])
+        return born + copy["free_in"] + (over_s - free_s) * slope, slope
+    if copy["free_out"] < 0.0:
         return born, 0.0
-    free = (wire_in_s - wire_out_s) / out_s if wire_in_s > wire_out_s else 0.0
-    if level >= born_s - token_s * free:
-        tokens, slope = born - (born_s - level) / token_s, 1.0 / token_s
-    elif token_s > out_s:
-        tokens, slope = born - free - (born_s - token_s * free - level) / (token_s - out_s), 1.0 / (token_s - out_s)
+    free_s = token_s * copy["free_out"]
+    if over_s >= -free_s:
+        tokens, slope = born + over_s / token_s, 1.0 / token_s
+    elif token_s > rank["out_s"]:
+        slope = 1.0 / (token_s - rank["out_s"])
+        tokens = born - copy["free_out"] + (over_s + free_s) * slope
     else:
-        tokens, slope = born - free, 0.0
+        tokens, slope = born - copy["free_out"], 0.0
     return (tokens, slope) if tokens > 0.0 else (0.0, 0.0)

@@ -32,22 +32,26 @@ COPY = np.dtype(
         ("shut", np.int64),
         ("born", np.float64),
         ("quota", np.float64),
+        ("born_s", np.float64),
+        ("free_in", np.float64),
+        ("free_out", np.float64),
     ]
 )
 """``expert``: NONE where a slot is free. ``next``: copy of the same expert. ``source``: the rank a replica comes from, NONE at
 home. ``shut``: 1 where the copy is to compute nothing. ``born``: the expert's tokens born on the rank, ``quota``: those
-computed."""
+computed. The last three are ``balance_spread``'s."""
 
-EXPERT = np.dtype([("first", np.int64), ("copies", np.int64), ("total", np.float64)])
-"""``first`` copy, at home; how many there are; tokens of all ranks."""
+EXPERT = np.dtype([("first", np.int64), ("copies", np.int64), ("total", np.float64), ("most", np.float64)])
+"""``first`` copy, at home; how many there are; tokens of all ranks, and the most of one."""
 
 RANK = np.dtype(
     [(name, np.float64) for name in ("seconds", "tokens", "active", "in", "out")]
-    + [(name, np.float64) for name in ("fixed_s", "active_s", "token_s", "in_s", "out_s")]
+    + [(name, np.float64) for name in ("fixed_s", "active_s", "token_s", "in_s", "out_s", "weight")]
     + [("slots", np.int64), ("gives", np.int64)]
 )
 """``seconds`` = ``fixed_s + active_s * active + token_s * tokens`` and the larger of ``in_s * in`` and ``out_s * out``.
-``active``: copies with tokens. ``slots``, ``gives``: replicas that the rank may still take in and give."""
+``active``: copies with tokens. ``weight``: tokens that make a second, about.
+``slots``, ``gives``: replicas that the rank may still take in and give."""
 
 TOUCH_FRAC = 0.05
 """Of the tokens around a point, over which the slope there is taken."""
@@ -59,13 +63,14 @@ NONE = -1
 
 class Group(NamedTuple):
     """What does not change between steps. ``token_s_R``: seconds of a token there and back over a rank's link; ``expert_s_R``:
-    of an expert's weights, one way."""
+    of an expert's weights, one way. ``most_work``: copies set for one plan, after which it goes on to no more trials."""
 
     slot_to_expert_S: Ints
     table: CostTable
     token_s_R: Floats
     expert_s_R: Floats
     replica_slots: int
+    most_work: int
 
 
 class Step(NamedTuple):
@@ -101,11 +106,13 @@ def home_step(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Fl
     num_slots = len(group.slot_to_expert_S)
     step = empty_step(num_slots + num_ranks * group.replica_slots, num_experts, num_ranks)
     total_E = np.zeros(num_experts, dtype=np.int64)
+    most_E = np.zeros(num_experts, dtype=np.int32)
     for rank in range(num_ranks):
         born = 0
         for expert in range(num_experts):
             tokens = counts_RE[rank, expert]
             total_E[expert] += tokens
+            most_E[expert] = max(most_E[expert], tokens)
             born += tokens
         its = step.rank_R[rank]
         its["out"] = born
@@ -116,17 +123,17 @@ def home_step(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Fl
         for place in range(group.replica_slots):
             free = step.copy_C[num_slots + rank * group.replica_slots + place]
             free["expert"], free["rank"], free["next"], free["source"] = NONE, rank, NONE, NONE
-    _make_homes(step, group, counts_RE, total_E)
+    _make_homes(step, group, counts_RE, total_E, most_E)
     return step
 
 
 @compiled
-def _make_homes(step: Step, group: Group, counts_RE: Counts, total_E: Ints) -> None:
+def _make_homes(step: Step, group: Group, counts_RE: Counts, total_E: Ints, most_E: npt.NDArray[np.int32]) -> None:
     num_slots = len(group.slot_to_expert_S)
     per_rank = num_slots // len(step.rank_R)
     for expert in range(len(total_E)):
         its = step.expert_E[expert]
-        its["first"], its["total"] = NONE, total_E[expert]
+        its["first"], its["total"], its["most"] = NONE, total_E[expert], most_E[expert]
     for slot in range(num_slots - 1, -1, -1):
         expert, rank = group.slot_to_expert_S[slot], slot // per_rank
         home = step.copy_C[slot]
@@ -211,6 +218,7 @@ def touch_curves(step: Step, table: CostTable) -> None:
         active_s = rank_s(table, rank, tokens, active + 0.5) - rank_s(table, rank, tokens, active - 0.5)
         its["active_s"] = max(0.0, active_s)
         its["fixed_s"] = middle_s - its["token_s"] * tokens - its["active_s"] * active
+        its["weight"] = 1.0 / (its["token_s"] + 0.5 * its["in_s"])
         its["seconds"] = finish_s(its)
 
 
@@ -271,7 +279,6 @@ def level_s(step: Step) -> float:
     seconds = weights = 0.0
     for rank in range(len(step.rank_R)):
         its = step.rank_R[rank]
-        weight = 1.0 / (its["token_s"] + 0.5 * its["in_s"])
-        seconds += weight * its["seconds"]
-        weights += weight
+        seconds += its["weight"] * its["seconds"]
+        weights += its["weight"]
     return seconds / weights

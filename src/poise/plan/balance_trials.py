@@ -7,8 +7,9 @@ are planned as fast: they hardly need it. Compiled loops on ``balance_state``. L
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from poise.plan.balance_spread import CLOSE_FRAC, LEAST_TOKENS, ROUNDS, fill, spread
+from poise.plan.balance_spread import CLOSE_FRAC, LATE_FRAC, LEAST_TOKENS, ROUNDS, fill, spread
 from poise.plan.balance_state import (
     NONE,
     Counts,
@@ -19,45 +20,149 @@ from poise.plan.balance_state import (
     drop_replica,
     empty_step,
     holds,
+    latest,
+    level_s,
     set_quota,
     slowest_s,
 )
 from poise.plan.compiled import compiled
 
-MOST_WORK = 600
-"""Copies that are set in trials, in all."""
+SMALL = 512
+"""Pairs of a copy and an expert, up to which all are tried."""
 
 
 @compiled
-def try_others(step: Step, group: Group, counts_RE: Counts) -> None:
-    """Replicas added, or put in place of others."""
-    num_experts = counts_RE.shape[1]
-    kept = empty_step(len(step.copy_C), num_experts, len(step.rank_R))
+def try_relief(step: Step, group: Group, counts_RE: Counts, work: int) -> int:
+    """Replicas of the slowest rank's experts, in place of others and given in place of others. ``work``: done so far."""
+    if work >= group.most_work:
+        return work
+    kept = empty_step(len(step.copy_C), len(step.expert_E), len(step.rank_R))
     copy_step(step, kept)
-    work, improved = 0, True
+    tried_ER = np.zeros((len(step.expert_E), len(step.rank_R)), dtype=np.bool_)
+    while work < group.most_work:
+        before_s, goal_s = slowest_s(step), (1.0 + LATE_FRAC) * level_s(step)
+        if before_s <= goal_s:
+            break
+        expert, rank = _most_promising(step, group, counts_RE, tried_ER, goal_s)
+        if expert == NONE:
+            break
+        tried_ER[expert, rank] = True
+        if not _bring(step, group, counts_RE, expert, rank):
+            copy_step(kept, step)
+            continue
+        work += spread(step, ROUNDS) + len(step.copy_C) // 8
+        if slowest_s(step) < (1.0 - CLOSE_FRAC) * before_s:
+            copy_step(step, kept)
+            tried_ER[:] = False
+        else:
+            copy_step(kept, step)
+    return work
+
+
+@compiled
+def _most_promising(
+    step: Step, group: Group, counts_RE: Counts, tried_ER: npt.NDArray[np.bool_], goal_s: float
+) -> tuple[int, int]:
+    """An expert at home on the slowest rank, and the rank that could take most of it, be it in place of another."""
+    per_rank, num_slots = len(group.slot_to_expert_S) // len(step.rank_R), len(group.slot_to_expert_S)
+    late = latest(step)
+    mine = step.rank_R[late]
+    best, taker, most_s = NONE, NONE, 0.0
+    for rank in range(len(step.rank_R)):
+        its = step.rank_R[rank]
+        if rank == late or its["seconds"] >= goal_s:
+            continue
+        lost = np.inf if its["slots"] == 0 else 0.0
+        for slot in range(num_slots + rank * group.replica_slots, num_slots + (rank + 1) * group.replica_slots):
+            if step.copy_C[slot]["expert"] != NONE:
+                lost = min(lost, step.copy_C[slot]["quota"])
+        if lost == np.inf:
+            continue
+        for place in range(late * per_rank, (late + 1) * per_rank):
+            copy = step.copy_C[place]
+            expert = copy["expert"]
+            if expert == NONE or tried_ER[expert, rank]:
+                continue
+            local = min(float(counts_RE[rank, expert]), copy["quota"])
+            room = (goal_s - its["seconds"]) / its["token_s"] + lost
+            gain_s = min(copy["quota"], room) * mine["token_s"] + local * mine["in_s"] - 0.5 * lost * its["token_s"]
+            if gain_s > most_s and not holds(step, expert, rank):
+                best, taker, most_s = expert, rank, gain_s
+    return best, taker
+
+
+@compiled
+def _bring(step: Step, group: Group, counts_RE: Counts, expert: int, rank: int) -> bool:
+    """Puts a replica on ``rank``, in place of its smallest one, and of the smallest that the source gives, where need be."""
+    begin = len(group.slot_to_expert_S) + rank * group.replica_slots
+    if step.rank_R[rank]["slots"] == 0:
+        slot = _smallest(step, begin, begin + group.replica_slots, NONE)
+        if slot == NONE:
+            return False
+        drop_replica(step, slot)
+    source = source_of(step, expert)
+    if source == NONE:
+        source = step.copy_C[step.expert_E[expert]["first"]]["rank"]
+        given = _smallest(step, len(group.slot_to_expert_S), len(step.copy_C), source)
+        if given == NONE:
+            return False
+        drop_replica(step, given)
+    take_born(step, add_replica(step, group, counts_RE, expert, source, rank))
+    return True
+
+
+@compiled
+def _smallest(step: Step, begin: int, end: int, source: int) -> int:
+    """The replica with the fewest tokens in some slots, from ``source`` (NONE: any)."""
+    best, least = NONE, np.inf
+    for slot in range(begin, end):
+        copy = step.copy_C[slot]
+        if copy["expert"] != NONE and copy["quota"] < least and (source == NONE or copy["source"] == source):
+            best, least = slot, copy["quota"]
+    return best
+
+
+@compiled
+def try_others(step: Step, group: Group, counts_RE: Counts, work: int) -> int:
+    """Replicas added, or put in place of others, where that may bring the level down: by what stays off the links."""
+    if group.replica_slots == 0 or work >= group.most_work:
+        return work
+    num_experts, num_ranks = counts_RE.shape[1], len(step.rank_R)
+    kept = empty_step(len(step.copy_C), num_experts, num_ranks)
+    is_kept, improved = False, True
     while improved:
         improved = False
         for slot in range(len(group.slot_to_expert_S), len(step.copy_C)):
             rank = step.copy_C[slot]["rank"]
+            before_s, its, old = slowest_s(step), step.rank_R[rank], step.copy_C[slot]
+            least = (CLOSE_FRAC / 2) * before_s * num_ranks / its["out_s"]
+            least += min(old["quota"], old["born"]) if old["expert"] != NONE else its["active_s"] / its["out_s"]
+            if len(step.copy_C) * num_experts <= SMALL:
+                least = 0.0
             for expert in range(num_experts):
-                if holds(step, expert, rank) or step.expert_E[expert]["total"] <= 0.0:
+                if counts_RE[rank, expert] <= least or holds(step, expert, rank):
                     continue
-                if work >= MOST_WORK:
-                    return
-                before_s = slowest_s(step)
+                if work >= group.most_work:
+                    return work
+                if not is_kept:
+                    copy_step(step, kept)
+                    is_kept = True
                 if not _exchange(step, group, counts_RE, slot, expert):
                     continue
-                work += spread(step, ROUNDS) + len(step.copy_C)
+                work += spread(step, ROUNDS) + len(step.copy_C) // 8
                 if slowest_s(step) < (1.0 - CLOSE_FRAC / 2) * before_s:
                     copy_step(step, kept)
                     improved = True
-                else:
-                    copy_step(kept, step)
+                    break
+                copy_step(kept, step)
+    return work
 
 
 @compiled
-def try_fewer(step: Step) -> None:
+def try_fewer(step: Step, group: Group, work: int) -> None:
     """Copies, replicas or not, that compute nothing: one active expert less."""
+    if work >= group.most_work:
+        return
     kept = empty_step(len(step.copy_C), len(step.expert_E), len(step.rank_R))
     copy_step(step, kept)
     least_s = CLOSE_FRAC * slowest_s(step) * len(step.rank_R)
@@ -67,10 +172,12 @@ def try_fewer(step: Step) -> None:
             continue
         if _active_copies(step, copy["expert"]) < 2:
             continue
+        if work >= group.most_work:
+            return
         before_s = slowest_s(step)
         copy["shut"] = 1
         fill(step, copy["expert"], np.inf)
-        spread(step, ROUNDS)
+        work += spread(step, ROUNDS) + len(step.copy_C) // 8
         if slowest_s(step) < (1.0 - CLOSE_FRAC / 2) * before_s:
             copy_step(step, kept)
         else:
