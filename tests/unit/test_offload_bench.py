@@ -185,7 +185,7 @@ def test_forced_plans_lie_around_the_planned_one() -> None:
     assert groups["bs-half"] == (8, 16)
     assert groups["rows-quarter"] == (16, 2)
     assert VARIANTS_OF_PLANS["kv-other"](PLAN).options == {"kv_on_disk": True}
-    assert VARIANTS_OF_PLANS["ahead-quarter-of-slots"](PLAN).options == {"ahead": 10}
+    assert VARIANTS_OF_PLANS["ahead-16"](PLAN).options == {"ahead": 16}
     alone = replace(PLAN, num_batches=1)
     assert VARIANTS_OF_PLANS["bs-double"](alone).is_as(alone, 16), "there are no more sequences"
     assert VARIANTS_OF_PLANS["ahead-1"](replace(PLAN, ahead=1)).is_as(replace(PLAN, ahead=1), 128)

@@ -71,6 +71,10 @@ def _fewer(plan: Planned, divisor: int) -> tuple[int, int]:
     return max(1, plan.rows // divisor), 1
 
 
+def _with_ahead(plan: Planned, *, ahead: int) -> Forced:
+    return Forced(group=_group(plan), options={"ahead": min(plan.slots - 1, ahead)})
+
+
 VARIANTS: Mapping[str, Variant] = {
     "bs-half": lambda plan: Forced(group=(max(1, plan.batch_size // 2), 2 * plan.num_batches)),
     "bs-double": lambda plan: Forced(group=(2 * plan.batch_size, max(1, plan.num_batches // 2))),
@@ -79,10 +83,7 @@ VARIANTS: Mapping[str, Variant] = {
     "rows-quarter": lambda plan: Forced(group=_fewer(plan, 4)),
     "kv-other": lambda plan: Forced(group=_group(plan), options={"kv_on_disk": not plan.kv_on_disk}),
     "dense-half": lambda plan: Forced(group=_group(plan), options={"dense_layers": CONFIG["num_hidden_layers"] // 2}),
-    "ahead-1": lambda plan: Forced(group=_group(plan), options={"ahead": 1}),
-    "ahead-half": lambda plan: Forced(group=_group(plan), options={"ahead": max(1, plan.ahead // 2)}),
-    "ahead-double": lambda plan: Forced(group=_group(plan), options={"ahead": min(plan.slots - 1, 2 * plan.ahead)}),
-    "ahead-quarter-of-slots": lambda plan: Forced(group=_group(plan), options={"ahead": max(1, plan.slots // 4)}),
+    **{f"ahead-{ahead}": partial(_with_ahead, ahead=ahead) for ahead in (1, 2, 4, 8, 16, 32)},
 }
 """Around what was planned."""
 PARTS = tuple(f"{workload}-{part}" for workload in WORKLOADS for part in ("planned", "planned-again", *VARIANTS))
