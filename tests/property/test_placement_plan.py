@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from poise.cost.curves import ClosedFormCurve, PointCurve
 from poise.cost.experts import ExpertCurve
+from poise.plan.anew import SHARED_FRAC, shared_copies_L
 from poise.plan.eplb import balance_tokens
 from poise.plan.expert_loads import rank_loads
 from poise.plan.placement import PlacementPlan, place_on, predict_s_LR
@@ -87,7 +88,23 @@ def test_with_equal_ranks_it_is_never_slower_than_the_token_balancer(case: Case)
         num_groups=request.expert_groups or 1,
     )
     balanced_s_L = predict_s_LR(request.load_LE, balanced_LS, case.costs).max(axis=1)
-    assert (case.plan().predicted_s_L <= balanced_s_L).all()
+    shares_L = shared_copies_L(balanced_LS, request.num_ranks, request.limits.most_alike) > 0
+    assert (case.plan().predicted_s_L <= balanced_s_L * np.where(shares_L, 1 + SHARED_FRAC, 1)).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases(alike=True) | cases(alike=True, groups=True))
+def test_with_equal_ranks_copies_share_a_rank_only_where_the_token_balancer_gains_by_it(case: Case) -> None:
+    request, plan = case.request, case.plan()
+    balanced_LS = balance_tokens(
+        request.load_LE,
+        num_slots=request.num_slots,
+        num_ranks=request.num_ranks,
+        num_nodes=request.group_nodes,
+        num_groups=request.expert_groups or 1,
+    )
+    shares_L = shared_copies_L(plan.slot_to_expert_LS, request.num_ranks, request.limits.most_alike) > 0
+    np.testing.assert_array_equal(plan.slot_to_expert_LS[shares_L], balanced_LS[shares_L])
 
 
 @settings(deadline=None, max_examples=60)
@@ -96,9 +113,7 @@ def test_copies_of_an_expert_share_a_rank_only_where_slots_force_them(case: Case
     request = case.request
     assume(not case.costs.alike)
     most_alike = -(-request.slots_per_rank // request.num_experts)
-    for row_S in case.plan().slot_to_expert_LS:
-        for rank_K in row_S.reshape(request.num_ranks, -1):
-            assert np.bincount(rank_K).max() <= most_alike
+    assert not shared_copies_L(case.plan().slot_to_expert_LS, request.num_ranks, most_alike).any()
 
 
 @settings(deadline=None, max_examples=40)
@@ -113,7 +128,7 @@ def test_groups_stay_together_on_a_node(case: Case) -> None:
 
 
 @st.composite
-def repairs(draw: st.DrawFn) -> Case:
+def repairs(draw: st.DrawFn, *, least_gain_frac: float = 1e-3) -> Case:
     before = draw(cases())
     request = before.request
     factors = np.array(draw(st.lists(st.floats(0.1, 10.0), min_size=request.num_experts, max_size=request.num_experts)))
@@ -124,6 +139,7 @@ def repairs(draw: st.DrawFn) -> Case:
         slots_per_rank=request.slots_per_rank,
         current_LS=before.plan().slot_to_expert_LS,
         max_moves=draw(st.none() | st.integers(0, 6)),
+        least_gain_frac=least_gain_frac,
     )
     curves = [before.costs.curves[index] for index in before.costs.curve_R]
     return Case(request=after, costs=RankCosts.of_curves(curves, speeds))
@@ -157,7 +173,20 @@ def _slots_kept(before_LS: Ints, after_LS: Ints, num_ranks: int) -> bool:
 
 
 @settings(deadline=None, max_examples=60)
-@given(repairs())
+@given(repairs(least_gain_frac=0.05))
+def test_moves_save_what_they_must(case: Case) -> None:
+    """Those of each layer together, as curves have it; the search reads a table that is off by up to 5e-4."""
+    assume(case.request.max_moves is None)
+    plan = case.plan()
+    assert plan.moves is not None
+    assert plan.current_s_L is not None
+    moves_L = np.bincount(plan.moves.layer_M[~plan.moves.local_M], minlength=len(plan.current_s_L))
+    saved_L = plan.current_s_L - plan.predicted_s_L
+    assert (saved_L >= (0.05 * moves_L - 2e-3) * plan.current_s_L).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(repairs(least_gain_frac=0.0))
 def test_a_repair_without_a_limit_ends_close_to_a_new_placement(case: Case) -> None:
     assume(case.request.max_moves is None)
     anew = PlacementRequest(

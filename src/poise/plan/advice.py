@@ -93,7 +93,13 @@ def advise(
             rest = replace(request, load_LE=total_LE - part_LE, steps=len(load_NLE) - len(part))
             gains.append(_gain(part_LE / len(part), now_LS, place_on(rest, costs, expert_bytes=expert_bytes), costs))
     mean_LE = whole.step_load_LE
-    balanced_LS = balance_tokens(mean_LE, num_slots=request.num_slots, num_ranks=costs.num_ranks)
+    balanced_LS = balance_tokens(
+        mean_LE,
+        num_slots=request.num_slots,
+        num_ranks=costs.num_ranks,
+        num_nodes=request.group_nodes,
+        num_groups=request.expert_groups or 1,
+    )
     return PlacementAdvice(
         plan=place_on(whole, costs, expert_bytes=expert_bytes),
         now_s_LR=predict_s_LR(mean_LE, now_LS, costs),

@@ -7,8 +7,10 @@ The smallest T that meets all of these, each of which every placement meets, how
   the t * slots heaviest experts, so the others must take the rest.
 - Copies: an expert needs so many ranks that together they can take it; all those copies must fit into the slots.
 - Pigeonhole: of the heaviest n experts, ranks can hold only so many each.
+- Slots: where ranks differ, even the slowest fills its slots, at least with the lightest experts in many copies.
 
-A rank's slots are all filled, so beside what is counted there lie at least the lightest experts. Valid for any curves.
+A rank's slots are all filled, so beside what is counted there lie at least the lightest experts. Valid for any curves; the last
+for copies that share tokens evenly and do not share a rank, as the planner places them.
 Letters: L layers, E experts, R ranks, Y prices.
 """
 
@@ -37,6 +39,8 @@ def bound_s_L(load_LE: Floats, costs: RankCosts, *, slots_per_rank: int) -> Floa
     sorted_LE = -np.sort(-load_LE, axis=1)
     spare = costs.num_ranks * slots_per_rank - load_LE.shape[1]
     work_L = _work_bound_s_L(sorted_LE, costs, spare) * (1.0 - ROUNDING_FRAC)
+    if not costs.alike and slots_per_rank <= load_LE.shape[1]:
+        work_L = np.maximum(work_L, _slots_bound_s_L(sorted_LE, costs, slots_per_rank, spare) * (1.0 - ROUNDING_FRAC))
     summed_LE = np.concatenate([np.zeros((len(load_LE), 1)), np.cumsum(sorted_LE, axis=1)], axis=1)
     whole = max(0, slots_per_rank - spare)
     least_active = float(active_share(sorted_LE[:, load_LE.shape[1] - whole :]).sum(axis=1).min())
@@ -83,6 +87,14 @@ def _work_bound_s_L(sorted_LE: Floats, costs: RankCosts, spare: int) -> Floats:
     )  # further copies cost least at the lightest expert, all there
     work_LY = sorted_LE.sum(axis=1)[:, None] + PRICES * active_L[:, None]
     return np.asarray((work_LY / rate_Y).max(axis=1))
+
+
+def _slots_bound_s_L(sorted_LE: Floats, costs: RankCosts, slots_per_rank: int, spare: int) -> Floats:
+    """What the slowest rank takes for as many of the lightest experts as it has slots, each split as often as can be."""
+    tokens_LS = sorted_LE[:, -slots_per_rank:] / min(costs.num_ranks, 1 + spare)
+    tokens_L, active_L = tokens_LS.sum(axis=1), np.maximum(active_share(tokens_LS).sum(axis=1), LEAST_ACTIVE)
+    seconds_BL = np.stack([active_L * curve.floor().seconds(tokens_L / active_L) for curve in costs.curves])
+    return np.asarray((seconds_BL[costs.curve_R] / costs.speed_R[:, None]).max(axis=0))
 
 
 @compiled

@@ -38,11 +38,16 @@ class Limits(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer's placement while it is worked on. ``holds_ER``: copies of each expert on each rank."""
+    """A layer's placement while it is worked on. ``holds_ER``: copies of each expert on each rank.
+
+    ``each_E``, ``share_E``: tokens of one copy of each expert, and the share of the steps in which these make it active.
+    """
 
     load_E: Floats
     node_E: Ints
     copies_E: Ints
+    each_E: Floats
+    share_E: Floats
     slot_S: Ints
     filled_R: Ints
     tokens_R: Floats
@@ -79,10 +84,13 @@ def rank_s(table: CostTable, rank: int, tokens: float, active: float) -> float:
 @compiled
 def empty_layer(load_E: Floats, node_E: Ints, copies_E: Ints, num_ranks: int, num_slots: int) -> Layer:
     """A layer without a placement."""
+    each_E = load_E / copies_E
     return Layer(
         load_E,
         node_E,
         copies_E,
+        each_E,
+        -np.expm1(-each_E),
         np.full(num_slots, -1, dtype=np.int64),
         np.zeros(num_ranks, dtype=np.int64),
         np.zeros(num_ranks),
@@ -106,10 +114,9 @@ def placed_layer(load_E: Floats, node_E: Ints, slot_S: Ints, table: CostTable, l
 
 @compiled
 def append(layer: Layer, table: CostTable, limits: Limits, rank: int, expert: int) -> None:
-    tokens = layer.load_E[expert] / layer.copies_E[expert]
     layer.slot_S[rank * limits.slots_per_rank + layer.filled_R[rank]] = expert
     layer.filled_R[rank] += 1
     layer.holds_ER[expert, rank] += 1
-    layer.tokens_R[rank] += tokens
-    layer.active_R[rank] += active_of(tokens)
+    layer.tokens_R[rank] += layer.each_E[expert]
+    layer.active_R[rank] += layer.share_E[expert]
     layer.seconds_R[rank] = rank_s(table, rank, layer.tokens_R[rank], layer.active_R[rank])

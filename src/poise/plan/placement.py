@@ -13,23 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from poise.plan.anew import place_anew, predict_s_LR, table_for
 from poise.plan.bound import bound_s_L
-from poise.plan.cost_table import cost_table
-from poise.plan.eplb import balance_tokens
-from poise.plan.expert_loads import rank_loads
-from poise.plan.groups import nodes_of_experts
-from poise.plan.layer_state import CostTable, Limits
 from poise.plan.moves import Moves, keep_slots, moves_between
-from poise.plan.packing import place_layers
-from poise.plan.placement_request import PlacementRequest, bytes_of
+from poise.plan.placement_request import LEAST_GAIN_FRAC, PlacementRequest, bytes_of
 from poise.plan.rank_costs import Floats, Ints, RankCosts, only_expert_shape
-from poise.plan.repair import repair
+from poise.plan.repair import CLOSE_FRAC, TABLE_FRAC, moves_to, repair
 from poise.spec.curve import Shape
 from poise.spec.machine import Machine
 
-ENOUGH_FRAC = 5e-4
-"""A layer this close to the bound is not improved further."""
-MOST_CHANGES = 200
+__all__ = ["PlacementPlan", "place_experts", "place_on", "predict_s_LR"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -76,6 +69,7 @@ def place_experts(
     steps: float = 1,
     current: npt.ArrayLike | None = None,
     max_moves: int | None = None,
+    least_gain_frac: float = LEAST_GAIN_FRAC,
     ranks_per_node: int | None = None,
     expert_groups: int | None = None,
     expert_bytes: int | None = None,
@@ -86,8 +80,9 @@ def place_experts(
     ranks' tokens); curves need the load of ONE step, so the number matters wherever they are not straight lines.
     ``ranks``: one on each device of ``machine``, in order, which is repeated if it has fewer; None: one per device.
     ``shape``: of the experts; None: the only one that the machine has curves for.
-    ``current``: slot_to_expert_LS as it is now; then as few experts move as bring the plan within 1 % of a new one, at most
-    ``max_moves`` in all layers together (0: none).
+    ``current``: slot_to_expert_LS as it is now; then as few experts move as bring the plan within 1 % of a new one, and only
+    where they save ``least_gain_frac`` of their layer's time for each move. With ``max_moves`` instead so many at most, in all
+    layers together, where they gain most (0: none).
     ``ranks_per_node``: consecutive ranks with fast links between them. ``expert_groups``: with it, groups of consecutive
     experts are first given to nodes as wholes (group-limited routing); nodes must divide groups.
     ``expert_bytes``: of one expert's weights, for the moves; None: three matrices of ``shape``.
@@ -101,6 +96,7 @@ def place_experts(
         steps=steps,
         current_LS=None if current is None else np.asarray(current),
         max_moves=max_moves,
+        least_gain_frac=least_gain_frac,
         ranks_per_node=ranks_per_node,
         expert_groups=expert_groups,
     )
@@ -111,93 +107,64 @@ def place_experts(
 def place_on(request: PlacementRequest, costs: RankCosts, *, expert_bytes: int) -> PlacementPlan:
     """The plan for a request on ranks of these costs. See ``place_experts``."""
     load_LE, current_LS = request.step_load_LE, request.current
-    slots = request.slots_per_rank
-    bound = bound_s_L(load_LE, costs, slots_per_rank=slots)
-    table = cost_table(costs, max_tokens=float(load_LE.sum(axis=1).max()), max_active=slots)
-    chosen_LS = _new_placement(request, load_LE, costs, table, bound)
-    predicted_LR = predict_s_LR(load_LE, chosen_LS, costs)
-    current_LR = None
-    if current_LS is not None:
-        current_LR = predict_s_LR(load_LE, current_LS, costs)
-        chosen_LS = _few_moves(request, load_LE, table, chosen_LS, predicted_LR.max(axis=1))
-        predicted_LR = predict_s_LR(load_LE, chosen_LS, costs)
-        worse_L = predicted_LR.max(axis=1) > current_LR.max(axis=1)
-        chosen_LS[worse_L], predicted_LR[worse_L] = current_LS[worse_L], current_LR[worse_L]
-    return PlacementPlan(
-        slot_to_expert_LS=chosen_LS,
-        predicted_s_LR=predicted_LR,
-        bound_s_L=bound,
-        current_s_LR=current_LR,
-        moves=None
-        if current_LS is None
-        else moves_between(
-            current_LS,
-            chosen_LS,
-            num_ranks=request.num_ranks,
-            ranks_per_node=request.node_ranks,
-            expert_bytes=expert_bytes,
-        ),
-    )
-
-
-def predict_s_LR(load_LE: Floats, slot_to_expert_LS: Ints, costs: RankCosts) -> Floats:
-    """Time of each rank under a placement; ``load_LE`` is of one step. The one judge of every placement."""
-    tokens_LR, active_LR = rank_loads(load_LE, slot_to_expert_LS, costs.num_ranks)
-    return costs.seconds_LR(tokens_LR, active_LR)
-
-
-def _new_placement(
-    request: PlacementRequest, load_LE: Floats, costs: RankCosts, table: CostTable, bound_L: Floats
-) -> Ints:
-    """Without regard to the current one. Where all ranks are alike, never slower than the token balancer's."""
-    node_LE = _nodes(request, load_LE, costs)
-    chosen_LS = place_layers(load_LE, node_LE, table, _limits(request), bound_L * (1.0 + ENOUGH_FRAC), MOST_CHANGES)
-    if costs.alike:
-        balanced_LS = balance_tokens(
-            load_LE,
-            num_slots=request.num_slots,
-            num_ranks=request.num_ranks,
-            num_nodes=request.group_nodes,
-            num_groups=request.expert_groups or 1,
+    bound = bound_s_L(load_LE, costs, slots_per_rank=request.slots_per_rank)
+    if current_LS is None:
+        chosen_LS = place_anew(request, load_LE, costs, bound)
+        return PlacementPlan(
+            slot_to_expert_LS=chosen_LS,
+            predicted_s_LR=predict_s_LR(load_LE, chosen_LS, costs),
+            bound_s_L=bound,
+            current_s_LR=None,
+            moves=None,
         )
-        chosen_L = predict_s_LR(load_LE, chosen_LS, costs).max(axis=1)
-        better_L = predict_s_LR(load_LE, balanced_LS, costs).max(axis=1) < chosen_L
-        chosen_LS[better_L] = balanced_LS[better_L]
-    return chosen_LS
+    current_LR = predict_s_LR(load_LE, current_LS, costs)
+    chosen_LS = _few_moves(request, load_LE, costs, current_LS, bound)
+    predicted_LR = predict_s_LR(load_LE, chosen_LS, costs)
+    worse_L = predicted_LR.max(axis=1) > current_LR.max(axis=1)
+    chosen_LS[worse_L], predicted_LR[worse_L] = current_LS[worse_L], current_LR[worse_L]
+    moves = moves_between(
+        current_LS,
+        chosen_LS,
+        num_ranks=request.num_ranks,
+        ranks_per_node=request.node_ranks,
+        expert_bytes=expert_bytes,
+    )
+    return PlacementPlan(
+        slot_to_expert_LS=chosen_LS, predicted_s_LR=predicted_LR, bound_s_L=bound, current_s_LR=current_LR, moves=moves
+    )
 
 
-def _few_moves(request: PlacementRequest, load_LE: Floats, table: CostTable, new_LS: Ints, new_s_L: Floats) -> Ints:
-    """The current placement, repaired. A layer whose repair ends far from the new placement takes that one, if moves are
-    not limited."""
-    current_LS = request.current
-    assert current_LS is not None, "there is a placement to repair"
+def _few_moves(request: PlacementRequest, load_LE: Floats, costs: RankCosts, current_LS: Ints, bound_L: Floats) -> Ints:
+    """The current placement with the changes that are worth their moves. A layer that would then be far from a new placement
+    takes that one where it is worth its own, if moves are not limited."""
     nodes_LE, kept_L = request.current_nodes()
+    least_gain_frac = request.least_gain_frac if request.max_moves is None else 0.0
+    goal_L = bound_L * (1.0 + CLOSE_FRAC - TABLE_FRAC)
     repaired = repair(
-        load_LE, nodes_LE, current_LS, table, _limits(request), goal_s_L=new_s_L, max_moves=request.max_moves
-    )
-    chosen_LS = repaired.slot_to_expert_LS
-    if request.max_moves is None:
-        anew_L = ~(repaired.close_L & kept_L)
-        chosen_LS[anew_L] = new_LS[anew_L]
-    return keep_slots(current_LS, chosen_LS, request.num_ranks)
-
-
-def _limits(request: PlacementRequest) -> Limits:
-    return Limits(
-        slots_per_rank=request.slots_per_rank,
-        ranks_per_node=request.num_ranks // request.group_nodes,
-        most_alike=-(-request.slots_per_rank * request.group_nodes // request.num_experts),
-    )
-
-
-def _nodes(request: PlacementRequest, load_LE: Floats, costs: RankCosts) -> Ints:
-    """The node that each expert must stay in; 0 for all where experts have no groups."""
-    if request.expert_groups is None:
-        return np.zeros(load_LE.shape, dtype=np.int64)
-    return nodes_of_experts(
         load_LE,
-        costs,
-        num_nodes=request.group_nodes,
-        num_groups=request.expert_groups,
-        slots_per_rank=request.slots_per_rank,
+        nodes_LE,
+        current_LS,
+        table_for(load_LE, costs, request),
+        request.limits,
+        goal_s_L=goal_L,
+        least_gain_frac=least_gain_frac,
     )
+    open_L = np.flatnonzero((repaired.seconds_L > goal_L) | ~kept_L)
+    if not len(open_L):
+        new_LS = new_s_L = None
+    else:
+        new_LS = place_anew(request, load_LE, costs, bound_L, open_L)
+        new_s_L = predict_s_LR(load_LE[open_L], new_LS, costs).max(axis=1)
+        goal_L[open_L] = np.maximum(goal_L[open_L], new_s_L * (1.0 + CLOSE_FRAC - TABLE_FRAC))
+        repaired = repaired.until(goal_L)
+    if request.max_moves is not None:
+        repaired = repaired.within(request.max_moves)
+    chosen_LS = repaired.slot_to_expert_LS
+    if request.max_moves is None and new_LS is not None and new_s_L is not None:
+        price_L = repaired.price_L[open_L]
+        new_moves_L = moves_to(current_LS[open_L], new_LS, request.num_ranks, request.num_experts)
+        worth_L = new_s_L + price_L * new_moves_L < repaired.seconds_L[open_L] + price_L * repaired.moves_L[open_L]
+        is_close_L = (price_L == 0) & (repaired.seconds_L[open_L] <= goal_L[open_L])
+        anew_L = ~kept_L[open_L] | (worth_L & ~is_close_L)
+        chosen_LS[open_L[anew_L]] = new_LS[anew_L]
+    return keep_slots(current_LS, chosen_LS, request.num_ranks)

@@ -11,11 +11,18 @@ import numpy.typing as npt
 
 from poise.errors import PlacementError
 from poise.plan.expert_loads import Floats, Ints, copies_of
+from poise.plan.layer_state import Limits
 from poise.spec.curve import Shape
 
 _ITEM_BYTES = MappingProxyType(
     {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "fp8": 1, "int8": 1, "int4": 0.5, "mxfp4": 0.53125}
 )
+
+
+MOST_RANKS = 1024
+"""More are taken for a mistake: search grows with the ranks of each expert's choice."""
+LEAST_GAIN_FRAC = 1e-3
+"""Of the layer's time now: what a move must save where there is no limit on moves (decision 035)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -28,6 +35,7 @@ class PlacementRequest:
     steps: float = 1
     current_LS: npt.NDArray[np.generic] | None = None
     max_moves: int | None = None
+    least_gain_frac: float = LEAST_GAIN_FRAC
     ranks_per_node: int | None = None
     expert_groups: int | None = None
 
@@ -36,6 +44,7 @@ class PlacementRequest:
         _require(load.ndim == 2 and load.size > 0, f"the load has the shape {load.shape}; it must be layers x experts")
         _require(bool(np.isfinite(load).all() and (load >= 0).all()), "a load is negative or not finite; count tokens")
         _require(math.isfinite(self.steps) and self.steps > 0, f"steps is {self.steps}; it must be above 0")
+        _require(1 <= self.num_ranks <= MOST_RANKS, f"{self.num_ranks} ranks; give from 1 to {MOST_RANKS}")
         _require(self.slots_per_rank >= 1, f"slots_per_rank is {self.slots_per_rank}; it must be at least 1")
         fewest = -(-self.num_experts // self.num_ranks)
         _require(
@@ -44,6 +53,9 @@ class PlacementRequest:
             f"give at least {fewest} slots per rank",
         )
         _require(self.max_moves is None or self.max_moves >= 0, f"max_moves is {self.max_moves}; it must be 0 or more")
+        _require(
+            0 <= self.least_gain_frac < 1, f"least_gain_frac is {self.least_gain_frac}; it must be from 0 to below 1"
+        )
         if self.current_LS is not None:
             self._check_current(self.current_LS)
         elif self.max_moves is not None:
@@ -80,6 +92,15 @@ class PlacementRequest:
     def group_nodes(self) -> int:
         """Nodes that experts must stay within; 1 where they have no groups."""
         return 1 if self.expert_groups is None else self.num_nodes
+
+    @property
+    def limits(self) -> Limits:
+        """For the search: copies of an expert share a rank only where slots force them to."""
+        return Limits(
+            slots_per_rank=self.slots_per_rank,
+            ranks_per_node=self.num_ranks // self.group_nodes,
+            most_alike=-(-self.slots_per_rank * self.group_nodes // self.num_experts),
+        )
 
     def current_nodes(self) -> tuple[Ints, npt.NDArray[np.bool_]]:
         """(the node of each expert in the current placement, shape (L, E); the layers that keep groups on nodes)."""

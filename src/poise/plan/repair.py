@@ -1,7 +1,8 @@
 """Brings a placement close to the best one by few moves: after drift, or when devices' speeds change.
 
-A move loads one expert's weights into a slot of another rank; a swap takes two. Source: ViBE, incremental recalibration.
-Letters: L layers, E experts, S slots, C changes.
+A move loads one expert's weights into a slot of another rank; a swap takes two. A placement is worth its time and a price for
+each move: a share of the layer's time now. Source: ViBE, incremental recalibration.
+Letters: L layers, E experts, S slots, R ranks, C changes.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from poise.plan.changes import repair_layers
 from poise.plan.expert_loads import Floats, Ints
+from poise.plan.improve import affordable, repair_layers
 from poise.plan.layer_state import CostTable, Limits
 
 CLOSE_FRAC = 0.01
@@ -23,10 +25,59 @@ MOST_CHANGES = 400
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Repair:
-    """``slot_to_expert_LS``: as good as the moves allow. ``close_L``: layers that came within ``CLOSE_FRAC`` of the goal."""
+    """The ways from the current placement, change by change, and how many changes of each layer are to be made.
 
-    slot_to_expert_LS: Ints
-    close_L: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+    See ``repair_layers`` for ``changes_LC5`` and ``seconds_LC``. ``price_L``: seconds that a move must save.
+    """
+
+    current_LS: Ints
+    changes_LC5: Ints
+    seconds_LC: Floats
+    price_L: Floats
+    counts_L: Ints
+
+    @property
+    def seconds_L(self) -> Floats:
+        """Of the slowest rank, once the changes are made."""
+        return np.asarray(np.take_along_axis(self.seconds_LC, self.counts_L[:, None], axis=1)[:, 0])
+
+    @property
+    def moves_L(self) -> Ints:
+        return np.asarray(np.take_along_axis(_moves_until(self.changes_LC5), self.counts_L[:, None], axis=1)[:, 0])
+
+    @property
+    def slot_to_expert_LS(self) -> Ints:
+        """With the changes made."""
+        repaired_LS = self.current_LS.copy()
+        for layer in np.flatnonzero(self.counts_L):
+            for slot, expert, other_slot, other_expert, _ in self.changes_LC5[layer, : self.counts_L[layer]].tolist():
+                repaired_LS[layer, slot] = expert
+                if other_slot >= 0:
+                    repaired_LS[layer, other_slot] = other_expert
+        return repaired_LS
+
+    def until(self, goal_s_L: Floats) -> Repair:
+        """With no more changes than bring each layer to its goal, or than are worth their moves."""
+        cost_LC = self.seconds_LC + self.price_L[:, None] * _moves_until(self.changes_LC5)
+        reached_LC = self.seconds_LC <= goal_s_L[:, None]
+        last_L = np.where(reached_LC.any(axis=1), np.argmax(reached_LC, axis=1), self.seconds_LC.shape[1])
+        cost_LC[np.arange(cost_LC.shape[1]) > last_L[:, None]] = np.inf
+        cheapest_L = np.argmin(cost_LC, axis=1)
+        free_L = (self.price_L == 0) & reached_LC.any(axis=1)
+        return self._with(np.where(free_L, last_L, cheapest_L))
+
+    def within(self, max_moves: int) -> Repair:
+        """With so many moves at most, in all layers together, where they gain most for each."""
+        return self._with(affordable(self.changes_LC5[:, :, 4], self.seconds_LC, self.counts_L, max_moves))
+
+    def _with(self, counts_L: npt.NDArray[np.intp]) -> Repair:
+        return Repair(
+            current_LS=self.current_LS,
+            changes_LC5=self.changes_LC5,
+            seconds_LC=self.seconds_LC,
+            price_L=self.price_L,
+            counts_L=counts_L.astype(np.int64),
+        )
 
 
 def repair(
@@ -37,43 +88,34 @@ def repair(
     limits: Limits,
     *,
     goal_s_L: Floats,
-    max_moves: int | None,
+    least_gain_frac: float,
 ) -> Repair:
-    """The current placement with changes, until every layer is close to ``goal_s_L`` (what a new placement takes).
-
-    With ``max_moves`` the changes that gain most for each move are made, in whichever layers.
-    """
-    target_L = goal_s_L * (1.0 + CLOSE_FRAC - TABLE_FRAC)
-    changes_LC5, seconds_LC, counts_L = repair_layers(
-        load_LE, node_LE, current_LS, table, limits, target_L, MOST_CHANGES
+    """The current placement with changes, until every layer is at ``goal_s_L`` or further moves are not worth it."""
+    changes_LC5, seconds_LC = repair_layers(
+        load_LE, node_LE, current_LS, table, limits, goal_s_L, least_gain_frac, MOST_CHANGES
     )
-    if max_moves is not None:
-        counts_L = _affordable(changes_LC5[:, :, 4], seconds_LC, counts_L, max_moves)
-    repaired_LS = current_LS.copy()
-    for layer, count in enumerate(counts_L):
-        for slot, expert, other_slot, other_expert, _ in changes_LC5[layer, :count]:
-            repaired_LS[layer, slot] = expert
-            if other_slot >= 0:
-                repaired_LS[layer, other_slot] = other_expert
-    reached_L = np.take_along_axis(seconds_LC, counts_L[:, None], axis=1)[:, 0]
-    return Repair(slot_to_expert_LS=repaired_LS, close_L=reached_L <= target_L)
+    most = int(np.isfinite(seconds_LC).sum(axis=1).max())
+    whole = Repair(
+        current_LS=current_LS,
+        changes_LC5=changes_LC5[:, : most - 1],
+        seconds_LC=seconds_LC[:, :most],
+        price_L=least_gain_frac * seconds_LC[:, 0],
+        counts_L=np.zeros(len(load_LE), dtype=np.int64),
+    )
+    return whole.until(goal_s_L)
 
 
-def _affordable(moves_LC: Ints, seconds_LC: Floats, counts_L: Ints, max_moves: int) -> Ints:
-    """How many of each layer's changes to make: again and again the next ones of a layer that gain most for each move."""
-    made_L = np.zeros_like(counts_L)
-    left = max_moves
-    while True:
-        best, best_rate = None, 0.0
-        for layer, count in enumerate(counts_L):
-            made = made_L[layer]
-            cost_C = np.cumsum(moves_LC[layer, made:count])
-            gain_C = seconds_LC[layer, made] - seconds_LC[layer, made + 1 : count + 1]
-            rate_C = np.where(cost_C <= left, gain_C / np.maximum(cost_C, 1), 0.0)
-            if len(rate_C) and rate_C.max() > best_rate:
-                further = int(np.argmax(rate_C))
-                best, best_rate = (layer, made + further + 1, int(cost_C[further])), float(rate_C[further])
-        if best is None:
-            return made_L
-        layer, made_L[best[0]], cost = best
-        left -= cost
+def moves_to(before_LS: Ints, after_LS: Ints, num_ranks: int, num_experts: int) -> Ints:
+    """How many slots of each layer get an expert that their rank did not have; shape (L,)."""
+    num_layers, num_slots = before_LS.shape
+    layer_L1 = np.arange(num_layers)[:, None]
+    rank_S = np.arange(num_slots) // (num_slots // num_ranks)
+    holds_LRE = np.zeros((num_layers, num_ranks, num_experts), dtype=np.bool_)
+    holds_LRE[layer_L1, rank_S, before_LS] = True
+    return np.asarray(np.count_nonzero(~holds_LRE[layer_L1, rank_S, after_LS], axis=1))
+
+
+def _moves_until(changes_LC5: Ints) -> Ints:
+    """Moves before any change and after each; shape (L, C + 1)."""
+    moves_LC = np.cumsum(changes_LC5[:, :, 4], axis=1)
+    return np.concatenate([np.zeros((len(moves_LC), 1), dtype=np.int64), moves_LC], axis=1)
