@@ -89,9 +89,32 @@ def test_moves_and_their_bytes_are_counted_and_limited(
     assert said["moves"] > 0
     assert said["moved_bytes"] == said["moves"] * 3 * 2048 * 768 * 2
     assert said["is_worth_it"]
+    assert "each saves 0.1% of its layer's time or more" in place([*common[:-1], "--current", start], capsys)[1]
     none = json.loads(place([*common, "--current", start, "--max-moves", 0], capsys)[1])
     assert (none["moves"], none["is_worth_it"]) == (0, False)
     assert none["planned_s"] == pytest.approx(said["now_s"])
+
+
+def test_a_machine_is_used_in_part(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown, _ = place(["--trace", trace, "--machine", "one-slow", "--ranks", 4, *SHAPE], capsys)
+    assert code == 0
+    assert "Of the machine's 8 devices the first 4 are used." in shown
+    said = json.loads(place(["--trace", trace, "--machine", "one-slow", "--ranks", 4, *SHAPE, "--json"], capsys)[1])
+    equal = json.loads(place(["--trace", trace, "--machine", "h200", "--ranks", 4, *SHAPE, "--json"], capsys)[1])
+    assert said["planned_s"] == pytest.approx(equal["planned_s"]), "the slow device is the last"
+
+
+def test_groups_of_experts_stay_on_a_node(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "p.json"
+    groups = ("--ranks-per-node", 4, "--expert-groups", 4)
+    code, _, _ = place(
+        ["--trace", trace, "--machine", "spread-22", "--ranks", 8, *SHAPE, *groups, "--output", file], capsys
+    )
+    assert code == 0
+    by_node = Placement.load(file).slot_to_expert_LS.reshape(LAYERS, 2, -1) // (EXPERTS // 4)
+    for first, second in by_node.tolist():
+        assert not set(first) & set(second)
+        assert len(set(first)) == 2
 
 
 def test_statistics_of_sglang_become_its_expert_location(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +162,10 @@ def test_a_vllm_log_needs_its_first_layer_and_then_becomes_tensorrt_llm(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--ranks", 6), "6 ranks on a machine of 8 devices; give a multiple of 8"),
+        (("--ranks", 12), "12 ranks on a machine of 8 devices; give a multiple of 8"),
+        (("--ranks", 100000), "--ranks is 100000; it must be from 1 to 1024"),
+        (("--ranks", 8, "--expert-groups", 4), "expert_groups needs ranks_per_node"),
+        (("--ranks", 8, "--ranks-per-node", 3), "ranks_per_node is 3; it must divide the 8 ranks"),
         (("--ranks", 8, "--slots-per-rank", 3), "give at least 4 slots per rank"),
         (("--ranks", 8, "--max-moves", 3), "max_moves needs the current placement"),
         (("--ranks", 8, "--current", "none.json"), "placement none.json cannot be read"),

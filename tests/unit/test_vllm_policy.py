@@ -38,7 +38,7 @@ def by_load(
 
 
 def policy(environment: Mapping[str, str] = ENVIRONMENT, log: ExpertLog | None = None) -> SpeedAwareRebalance:
-    return SpeedAwareRebalance(settings_from(environment), default=by_load, log=log)
+    return SpeedAwareRebalance(settings_from(environment), default=by_load, log=log, difference=lambda _: None)
 
 
 def window(seed: int = 0) -> torch.Tensor:
@@ -78,9 +78,9 @@ def test_the_profile_run_compiles_the_planner_and_tells_what_does_not_fit(caplog
         "import torch\n"
         "from poise.integrations.vllm.policy import SpeedAwareRebalance\n"
         "from poise.integrations.vllm.settings import settings_from\n"
-        "from poise.plan.changes import repair_layers\n"
+        "from poise.plan.improve import repair_layers\n"
         "from poise.plan.packing import place_layers\n"
-        f"policy = SpeedAwareRebalance(settings_from({ENVIRONMENT}), default=None, log=None)\n"
+        f"policy = SpeedAwareRebalance(settings_from({ENVIRONMENT}), default=None, log=None, difference=lambda _: None)\n"
         "assert not place_layers.signatures and not repair_layers.signatures\n"
         f"old = torch.arange({SLOTS}).remainder({EXPERTS}).repeat({LAYERS}, 1)\n"
         f"policy(torch.zeros({LAYERS}, {EXPERTS}), {SLOTS}, 1, 1, {RANKS}, old)\n"

@@ -280,6 +280,14 @@ def profile(
         bool,
         typer.Option("--merge", help="Put machine files of single devices together, and show how far they are apart."),
     ] = False,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Device to measure, as torch names it (cuda:0, cpu); repeatable, each in turn. Else all accelerators where "
+            "there are several, or the processor.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the machine to this JSON file.")
     ] = None,
@@ -298,7 +306,9 @@ def profile(
         return
     from poise.cli.profile import only_model, run_profile
 
-    run_profile(model=only_model(model or ()), output=output, report=report, json_output=json_output)
+    run_profile(
+        model=only_model(model or ()), output=output, report=report, json_output=json_output, devices=device or ()
+    )
 
 
 @app.command(epilog="Example: poise record ./OLMoE-1B-7B --prompts in.jsonl --output trace.safetensors --memory 4GiB")
@@ -368,7 +378,19 @@ def place(
         ),
     ] = None,
     max_moves: Annotated[
-        int | None, typer.Option(metavar="N", help="Most experts to move to another rank, all layers together.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Most experts to move to another rank, all layers together; else those that save 0.1 % of their layer's time.",
+        ),
+    ] = None,
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Consecutive ranks with fast links between them, for --expert-groups."),
+    ] = None,
+    expert_groups: Annotated[
+        int | None,
+        typer.Option(metavar="G", help="Groups of experts (group-limited routing) that stay whole on a node each."),
     ] = None,
     file_format: Annotated[
         str,
@@ -405,6 +427,8 @@ def place(
             shape=shape,
             current=current,
             max_moves=max_moves,
+            ranks_per_node=ranks_per_node,
+            expert_groups=expert_groups,
             file_format=file_format,
             first_layer=first_layer,
             num_layers=num_layers,

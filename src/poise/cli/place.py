@@ -39,6 +39,8 @@ class PlaceOptions:
     shape: str | None
     current: Path | None
     max_moves: int | None
+    ranks_per_node: int | None
+    expert_groups: int | None
     file_format: str
     first_layer: int | None
     num_layers: int | None
@@ -51,14 +53,16 @@ def run_place(options: PlaceOptions) -> None:
     """Runs the command. Raises UsageError."""
     output, report = _checked_files(options)
     from poise.integrations.files import FORMATS, read_placement, read_statistics, write_placement
+    from poise.plan.placement_request import LEAST_GAIN_FRAC, MOST_RANKS
     from poise.spec.bundled import find_machine
     from poise.spec.expert_shape import expert_shape
 
     if options.file_format not in FORMATS:
         raise PlacementError(f"format {options.file_format!r} is not known; choose one of {', '.join(FORMATS)}")
-    if options.ranks < 1:
-        raise PlacementError(f"--ranks is {options.ranks}; it must be at least 1")
-    machine = find_machine(options.machine)
+    if not 1 <= options.ranks <= MOST_RANKS:
+        raise PlacementError(f"--ranks is {options.ranks}; it must be from 1 to {MOST_RANKS}")
+    whole = find_machine(options.machine)
+    machine = _of_ranks(whole, options.ranks)
     shape = expert_shape(machine, options.shape, option="--shape")
     statistics = _with_layers(read_statistics(options.traces), options)
     current = None if options.current is None else read_placement(options.current, statistics, ranks=options.ranks)
@@ -70,6 +74,8 @@ def run_place(options: PlaceOptions) -> None:
     if report is not None:
         _write_report(report, advice, statistics, machine)
     summary = summary_of(advice, statistics, shape)
+    summary["machine_devices"], summary["used_devices"] = len(whole.devices), len(machine.devices)
+    summary["least_gain_frac"] = LEAST_GAIN_FRAC if options.max_moves is None else None
     _print(summary, json_output=options.json_output)
     for path in (output, report):
         if path is not None:
@@ -107,6 +113,13 @@ def _with_layers(statistics: ExpertStatistics, options: PlaceOptions) -> ExpertS
     return statistics.with_absolute_layers(options.first_layer)
 
 
+def _of_ranks(machine: Machine, ranks: int) -> Machine:
+    """The first devices, where there are more of them than ranks."""
+    from dataclasses import replace
+
+    return machine if ranks >= len(machine.devices) else replace(machine, devices=machine.devices[:ranks], links=())
+
+
 def _advice(
     options: PlaceOptions, statistics: ExpertStatistics, machine: Machine, shape: Shape, current: Placement | None
 ) -> PlacementAdvice:
@@ -124,6 +137,8 @@ def _advice(
         slots_per_rank=slots_per_rank,
         current_LS=None if current is None else current.slot_to_expert_LS,
         max_moves=options.max_moves,
+        ranks_per_node=options.ranks_per_node,
+        expert_groups=options.expert_groups,
     )
     return advise(statistics.load_NLE, request, costs, expert_bytes=bytes_of(shape))
 
@@ -215,6 +230,9 @@ def _print(summary: dict[str, Any], *, json_output: bool) -> None:
         table.add_row(label, format_s(summary[key]), f"{over:.3f}")
     console = Console()
     console.print(table)
+    if summary["used_devices"] < summary["machine_devices"]:
+        first, of = summary["used_devices"], summary["machine_devices"]
+        console.print(f"Of the machine's {of} devices the first {first} are used.", highlight=False, soft_wrap=True)
     for line in _sentences(summary):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -224,7 +242,9 @@ def _sentences(summary: dict[str, Any]) -> tuple[str, str]:
     if summary["moves"] is None:
         moves = "Moves: not counted, as no --current is given; an engine that starts with the file moves nothing."
     else:
-        moves = f"Moves: {summary['moves']} experts change their rank, {format_bytes(summary['moved_bytes'])}."
+        least = summary["least_gain_frac"]
+        why = "--max-moves" if least is None else f"each saves {least:.1%} of its layer's time or more"
+        moves = f"Moves: {summary['moves']} experts change their rank, {format_bytes(summary['moved_bytes'])} ({why})."
     stretches = len(summary["held_out_gains"])
     how = f"on steps the plan has not seen, {stretches} stretches" if stretches else "one step only, not held out"
     gain = f"gain {summary['gain_frac']:.1%} ({how})"

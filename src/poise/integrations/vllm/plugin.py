@@ -6,6 +6,7 @@ a server without ``--enable-eplb``. Registering again changes nothing.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ def policy_class(base: Any, default: Any, environment: Mapping[str, str]) -> Any
 
     Settings are read here, once. The log is opened at the first call: only then does a process know its rank.
     """
+    from poise.integrations.vllm.agreement import difference_among_ranks
     from poise.integrations.vllm.expert_log import ExpertLog
     from poise.integrations.vllm.policy import SpeedAwareRebalance
     from poise.integrations.vllm.settings import settings_from
@@ -53,7 +55,10 @@ def policy_class(base: Any, default: Any, environment: Mapping[str, str]) -> Any
                 log = None
                 if settings.expert_log is not None and _rank() == 0:
                     log = ExpertLog(settings.expert_log, window_steps=settings.window_steps)
-                built.append(SpeedAwareRebalance(settings, default=default.rebalance_experts, log=log))
+                difference = functools.partial(difference_among_ranks, settings)
+                built.append(
+                    SpeedAwareRebalance(settings, default=default.rebalance_experts, log=log, difference=difference)
+                )
             return built[0](*arguments, **named)
 
     return PoiseEplbPolicy

@@ -1,20 +1,23 @@
 """Poise's placement planner behind the signature of vLLM's load-balancing policies (0.33.0); vLLM itself is not imported.
 
 The same on every rank: it depends on the load, the old map and settings that are fixed for a run, on nothing else. It starts
-from the old map, so that few experts move. Without a machine that fits, vLLM's own policy decides, with one warning.
+from the old map, so that few experts move. Without a machine that fits, or where ranks' settings differ, vLLM's own policy
+decides, with one warning.
 Letters: L MoE layers, E logical experts, P physical experts.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from poise.errors import UsageError
+from poise.errors import RanksError, UsageError
 from poise.integrations.vllm.expert_log import ExpertLog
 from poise.integrations.vllm.settings import Settings
 from poise.plan.placement import place_experts
@@ -40,10 +43,19 @@ class Rebalance(Protocol):
 
 
 class SpeedAwareRebalance:
-    """A ``Rebalance``. ``default``: vLLM's own. ``log``: where loads go; None on all ranks but the first."""
+    """A ``Rebalance``. ``default``: vLLM's own. ``log``: where loads go; None on all ranks but the first. ``difference``:
+    given their number, why the ranks may not each plan by itself, or None; asked once for each number."""
 
-    def __init__(self, settings: Settings, *, default: Rebalance, log: ExpertLog | None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        default: Rebalance,
+        log: ExpertLog | None,
+        difference: Callable[[int], str | None],
+    ) -> None:
         self._settings = settings
+        self._difference = functools.cache(difference)
         self._default = default
         self._log = log
         self._is_told = False
@@ -65,13 +77,17 @@ class SpeedAwareRebalance:
         old_LP = _usable(old_global_expert_indices, (len(load_LE), num_replicas), load_LE.shape[1])
         machine = self._settings.machine
         try:
+            difference = self._difference(num_ranks)
             if machine is None:
                 raise UsageError(self._settings.problem or "there is no machine")
+            if difference is not None:
+                raise RanksError(f"the ranks do not plan from the same settings: {difference}")
             if not load_LE.any():
                 if not self._is_warm:  # vLLM's profile run, before there are requests that would wait for the compiler
                     self._is_warm = True
-                    even_LE = np.ones_like(load_LE)
-                    self._planned(even_LE, machine, num_replicas, num_groups, num_nodes, num_ranks, old_LP)
+                    skewed_LE = np.ones_like(load_LE) * np.arange(1, load_LE.shape[1] + 1)
+                    for current_LP in (None, old_LP):
+                        self._planned(skewed_LE, machine, num_replicas, num_groups, num_nodes, num_ranks, current_LP)
                 return torch.from_numpy(_contiguous(load_LE, num_replicas) if old_LP is None else old_LP)
             return torch.from_numpy(
                 self._planned(load_LE, machine, num_replicas, num_groups, num_nodes, num_ranks, old_LP)
