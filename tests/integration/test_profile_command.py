@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,15 @@ def _small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "READ_BYTES", MIB)
 
 
-def profile(model: Path, *, output: Path | None = None, report: Path | None = None, json_output: bool = False) -> None:
-    run_profile(model=str(model), output=output, report=report, json_output=json_output, effort=EFFORT)
+def profile(
+    model: Path,
+    *,
+    output: Path | None = None,
+    report: Path | None = None,
+    json_output: bool = False,
+    devices: Sequence[str] = (),
+) -> None:
+    run_profile(model=str(model), output=output, report=report, json_output=json_output, devices=devices, effort=EFFORT)
 
 
 def test_it_prints_tables_and_writes_a_machine_and_a_page(
@@ -46,6 +54,27 @@ def test_it_prints_tables_and_writes_a_machine_and_a_page(
     assert "closed form, worst error" in page
     assert '<script src="http' not in page, "the page needs nothing from the network"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.json", "r.html"]
+
+
+def test_several_devices_make_one_machine_with_their_spread(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The processor stands for two devices: what differs between them is its noise."""
+    model = checkpoint("qwen3_moe", "bfloat16")
+    profile(model, devices=("cpu", "cpu"), output=tmp_path / "m.json")
+    printed = capsys.readouterr()
+    assert "cpu1: expert 64 x 32 bfloat16" in printed.out
+    assert "over the fastest one's" in printed.out
+    first, second = Machine.load(tmp_path / "m.json").devices
+    assert (first.name, second.name) == ("cpu0", "cpu1")
+    assert [curve.shape for curve in first.curves] == [curve.shape for curve in second.curves]
+    assert first.curves != second.curves, "each was measured"
+    profile(model, devices=("cpu", "cpu"), json_output=True)
+    said = json.loads(capsys.readouterr().out)
+    assert {point["device"] for point in said["points"]} == {"cpu0", "cpu1"}
+    assert said["spread"][0]["spread_frac"] >= 0
+    with pytest.raises(UsageError, match="device 'cuda:99' is not there; choose among cpu"):
+        profile(model, devices=("cuda:99",))
 
 
 def test_json_is_one_object_with_every_point(checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,8 @@ from poise.errors import UsageError
 from poise.units import format_s
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from poise.profile.merge import Spread
     from poise.spec.machine import Machine
 
@@ -54,6 +56,12 @@ def _print(machine: Machine, found: Sequence[Spread], *, json_output: bool) -> N
         print(json.dumps(merge_as_json(machine, found)))
         return
     from rich.console import Console
+
+    Console().print(spread_table(machine, found))
+
+
+def spread_table(machine: Machine, found: Sequence[Spread]) -> Table:
+    """A row for each load: every device's time over the fastest one's."""
     from rich.table import Table
 
     table = Table(title="Time of experts on each device, over the fastest one's", title_justify="left")
@@ -64,13 +72,18 @@ def _print(machine: Machine, found: Sequence[Spread], *, json_output: bool) -> N
         widest = f"{max(spread.over_fastest_D) - 1:.1%}"
         tokens = str(spread.tokens) if spread.active == 1 else f"{spread.tokens} on {spread.active}"
         table.add_row(str(spread.shape), tokens, format_s(min(spread.seconds_D)), *ratios, widest)
-    Console().print(table)
+    return table
 
 
 def merge_as_json(machine: Machine, found: Sequence[Spread]) -> dict[str, Any]:
     """What --json prints: the machine as in its file, and the seconds of every device at each load."""
+    return {"version": JSON_VERSION, "machine": machine.to_json(), "spread": spread_rows(machine, found)}
+
+
+def spread_rows(machine: Machine, found: Sequence[Spread]) -> list[dict[str, Any]]:
+    """The seconds of every device at each load."""
     names = [device.name for device in machine.devices]
-    rows = [
+    return [
         {
             "shape": str(spread.shape),
             "tokens": spread.tokens,
@@ -80,4 +93,3 @@ def merge_as_json(machine: Machine, found: Sequence[Spread]) -> dict[str, Any]:
         }
         for spread in found
     ]
-    return {"version": JSON_VERSION, "machine": machine.to_json(), "spread": rows}

@@ -29,9 +29,16 @@ JSON_VERSION = 1
 
 
 def run_profile(
-    *, model: str | None, output: Path | None, report: Path | None, json_output: bool, effort: Effort | None = None
+    *,
+    model: str | None,
+    output: Path | None,
+    report: Path | None,
+    json_output: bool,
+    devices: Sequence[str] = (),
+    effort: Effort | None = None,
 ) -> None:
-    """Runs the command. ``effort``: None is ``THOROUGH``. Raises UsageError or ReadError."""
+    """Runs the command. ``devices``: none is all accelerators, where there are several, else the processor. ``effort``: None
+    is ``THOROUGH``. Raises UsageError or ReadError."""
     if output is not None and report is not None and output.resolve() == report.resolve():
         raise UsageError(f"--output and --report name the same file {output}; give two names")
     output = writable_file(output) if output is not None else None
@@ -40,7 +47,7 @@ def run_profile(
 
         report = writable_file(report)
         require_plotly()
-    profile = _measured(model, effort)
+    profile = _measured(model, devices, effort)
     if output is not None:
         profile.machine.save(output)
     if report is not None:
@@ -62,22 +69,25 @@ def only_model(models: Sequence[str]) -> str | None:
     return models[0] if models else None
 
 
-def _measured(model: str | None, effort: Effort | None) -> Profile:
+def _measured(model: str | None, devices: Sequence[str], effort: Effort | None) -> Profile:
     from poise.profile.progress import progress_bar
 
     with progress_bar("Profiling") as on_progress:
         on_progress("loading", 0.0)
         from poise.engine.dtype import choose_for_device
-        from poise.profile.run import THOROUGH, profile_machine
+        from poise.profile.devices import devices_to_profile
+        from poise.profile.run import THOROUGH
+        from poise.profile.several import profile_devices
         from poise.profile.subject import default_subjects, subject_of_checkpoint
 
+        chosen = devices_to_profile(tuple(devices))
         if model is None:
             subjects = default_subjects()
         else:
             subjects = (
                 subject_of_checkpoint(model, dtype_for=lambda own: choose_for_device(own, is_asked_for=False).dtype),
             )
-        return profile_machine(subjects, effort or THOROUGH, on_progress=on_progress)
+        return profile_devices(subjects, effort or THOROUGH, chosen, on_progress=on_progress)
 
 
 def _print(profile: Profile, *, json_output: bool) -> None:
@@ -88,31 +98,42 @@ def _print(profile: Profile, *, json_output: bool) -> None:
 
     measured = profile.machine.measured
     assert measured is not None, "a profile knows where it comes from"
+    from poise.cli.merge import spread_table
+    from poise.profile.merge import spreads
+
     console = Console()
     console.print(f"{measured.cpu}, {measured.threads} threads, torch {measured.torch}", highlight=False)
     for table in _tables(profile):
         console.print(table)
+    if len(profile.machine.devices) > 1:
+        console.print(spread_table(profile.machine, spreads(profile.machine)))
     for tier in profile.machine.tiers:
         job = "copies in memory" if tier.name == "dram" else "reads of experts, the engine's reader"
         console.print(f"{tier.name}: {tier.bytes_per_s / 1e9:.2f} GB/s ({job})", highlight=False)
 
 
 def profile_as_json(profile: Profile) -> dict[str, Any]:
-    """What --json prints: the machine as in its file, every point with its 95 % interval, and the notes."""
+    """What --json prints: the machine as in its file, every point with its 95 % interval, the notes, and how far apart
+    several devices are."""
     points = [{**asdict(point), "is_certain": point.time.is_certain} for point in profile.points]
+    from poise.cli.merge import spread_rows
+    from poise.profile.merge import spreads
+
     return {
         "version": JSON_VERSION,
         "machine": profile.machine.to_json(),
         "points": points,
         "notes": list(profile.notes),
+        "spread": spread_rows(profile.machine, spreads(profile.machine)) if len(profile.machine.devices) > 1 else [],
     }
 
 
 def _tables(profile: Profile) -> Iterator[Table]:
-    """A table for each kind of work and shape."""
+    """A table for each device, kind of work and shape."""
     groups: dict[str, list[TimedPoint]] = {}
     for point in profile.points:
-        groups.setdefault(f"{point.kind} {point.shape}", []).append(point)
+        where = f"{point.device}: " if len(profile.machine.devices) > 1 else ""
+        groups.setdefault(f"{where}{point.kind} {point.shape}", []).append(point)
     for title, points in groups.items():
         yield _table(title, points)
 

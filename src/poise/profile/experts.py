@@ -47,19 +47,28 @@ class ResidentExperts:
         """Nothing is evicted."""
 
 
-def load_experts(subject: Subject, *, scratch_bytes: int) -> ResidentExperts:
-    """Experts in an arena: the model's own, read by the engine's reader, where they lie on disk as they are computed with."""
+def load_experts(subject: Subject, *, scratch_bytes: int, device: str = "cpu") -> ResidentExperts:
+    """Experts in an arena: the model's own, read by the engine's reader, where they lie on disk as they are computed with.
+
+    For another ``device`` than the processor, copies there.
+    """
     nbytes = sum(_padded(shape, subject.dtype) for shape in subject.param_shapes.values())
     count = max(1, min(MAX_EXPERTS, subject.modules[0].num_experts, scratch_bytes // nbytes))
     sources = subject.sources_LE[0][:count] if subject.sources_LE is not None else ()
     if sources and all(map(stays_as_read, sources)) and (weights_E := _read(sources)) is not None:
-        return ResidentExperts(weights_E)
+        return ResidentExperts([_on(device, weights) for weights in weights_E])
     arena = Arena(count, nbytes)
-    return ResidentExperts([_random(subject, arena, slot) for slot in range(count)])
+    return ResidentExperts([_on(device, _random(subject, arena, slot)) for slot in range(count)])
 
 
 def expert_run(
-    subject: Subject, experts: ResidentExperts, *, tokens: int, active: int, clock: Clock = time.perf_counter
+    subject: Subject,
+    experts: ResidentExperts,
+    *,
+    tokens: int,
+    active: int,
+    clock: Clock = time.perf_counter,
+    device: str = "cpu",
 ) -> Run:
     """A run of one MoE layer: ``tokens`` rows in all, each for one expert, spread evenly over ``active`` of them."""
     assert tokens % active == 0, "tokens are spread evenly"
@@ -68,7 +77,8 @@ def expert_run(
     hidden_TH = torch.randn((tokens, subject.hidden), generator=generator).to(subject.dtype)
     choice_T = torch.arange(active).repeat_interleave(tokens // active)[torch.randperm(tokens, generator=generator)]
     weights_T1 = torch.full((tokens, 1), 0.5, dtype=subject.dtype)
-    parked = [Parked(subject.experts_module, hidden_TH, choice_T.unsqueeze(1), weights_T1)]
+    batch = (hidden_TH.to(device), choice_T.unsqueeze(1).to(device), weights_T1.to(device))
+    parked = [Parked(subject.experts_module, *batch)]
 
     def run() -> tuple[float, ...]:
         experts.ask(active)
@@ -103,6 +113,16 @@ def _random(subject: Subject, arena: Arena, slot: int) -> Weights:
         weights[param] = (fill_random(place),)
         offset += _padded(shape, subject.dtype)
     return weights
+
+
+def _on(device: str, weights: Weights) -> Weights:
+    if device == "cpu":
+        return weights
+    moved: Weights = {}
+    for name, parts in weights.items():
+        assert isinstance(parts, tuple), "experts are timed as weights, not as what they are made from"
+        moved[name] = tuple(part.to(device) for part in parts)
+    return moved
 
 
 def _padded(shape: Sequence[int], dtype: torch.dtype) -> int:

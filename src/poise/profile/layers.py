@@ -28,9 +28,11 @@ PROBE_TOKENS = (8, 16)
 class Layers:
     """Runs of the layers of a subject; a context manager, as it watches the model's blocks while it lives."""
 
-    def __init__(self, subject: Subject, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, subject: Subject, clock: Clock = time.perf_counter, device: str = "cpu") -> None:
+        """``device``: where the model's layers are put while the measurement lives; ``clock`` must wait for its work."""
         self._model = subject.model
         self._clock = clock
+        self._device = device
         self._stops = min(subject.period + 1, len(subject.modules))
         self._entered_s = 0.0
         self._one_row: dict[int, Any] = {}
@@ -39,9 +41,11 @@ class Layers:
         self._hooks = [self._model.get_submodule(name).register_forward_pre_hook(self._enter) for name in blocks]
 
     def __enter__(self) -> Layers:
+        _put(self._model, self._device)
         return self
 
     def __exit__(self, *_: object) -> None:
+        _put(self._model, "cpu")
         for hook in self._hooks:
             hook.remove()
 
@@ -72,13 +76,15 @@ class Layers:
             self._timed(1, tokens, tokens, self._one_row[tokens])
         cache = copy.deepcopy(self._one_row[tokens])
         if rows > 1:
-            drop_rows(cache, torch.zeros(rows, dtype=torch.long), 1)
+            drop_rows(cache, torch.zeros(rows, dtype=torch.long, device=self._device), 1)
         return cache
 
     def _timed(self, rows: int, row_tokens: int, context_tokens: int, cache: Any) -> tuple[float, float]:
         arguments = {
-            "input_ids": torch.zeros((rows, row_tokens), dtype=torch.long),
-            "position_ids": torch.arange(context_tokens - row_tokens, context_tokens).expand(rows, -1),
+            "input_ids": torch.zeros((rows, row_tokens), dtype=torch.long, device=self._device),
+            "position_ids": torch.arange(context_tokens - row_tokens, context_tokens, device=self._device).expand(
+                rows, -1
+            ),
             "past_key_values": cache,
             "use_cache": True,
             "logits_to_keep": 1,
@@ -104,6 +110,17 @@ class Layers:
 
     def _enter(self, module: Any, arguments: Any) -> None:
         self._entered_s = self._clock()
+
+
+def _put(model: torch.nn.Module, device: str) -> None:
+    """All that is not on the meta device."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.is_meta:
+                parameter.data = parameter.data.to(device)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[key] = buffer.to(device)
 
 
 def _own_copy(cache: Any) -> Any:

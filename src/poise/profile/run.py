@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from poise.model.checkpoint import TensorRef
+from poise.profile.devices import device_bytes, processor_of
 from poise.profile.experts import expert_run, load_experts
-from poise.profile.hardware import cpu_model, memory_bytes
+from poise.profile.hardware import memory_bytes
 from poise.profile.layers import Layers
 from poise.profile.measure import Clock, Measurement, Run, measure
 from poise.profile.rates import COPY_BYTES, ExpertReads, copy_run, scratch_experts
@@ -97,6 +98,7 @@ class TimedPoint:
     context_tokens: int | None = None
     row_tokens: int | None = None
     flops: float | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,10 +111,16 @@ class Profile:
 
 
 def profile_machine(
-    subjects: Sequence[Subject], effort: Effort, *, on_progress: OnProgress, clock: Clock = time.perf_counter
+    subjects: Sequence[Subject],
+    effort: Effort,
+    *,
+    on_progress: OnProgress,
+    clock: Clock = time.perf_counter,
+    device: str = "cpu",
 ) -> Profile:
     """Measures the shapes of ``subjects``, copies in memory, and reads: of the first one's experts, or of a scratch file.
 
+    ``device``: as torch names it, where the shapes are measured; ``clock`` must wait for its work (``clock_of``).
     torch's threads are left as they are, and recorded. Raises ReadError, or UsageError without a disk for scratch files.
     """
     groups = 3 * len(subjects) + 2
@@ -127,23 +135,23 @@ def profile_machine(
 
     points: list[TimedPoint] = []
     for subject in subjects:
-        points += _expert_points(subject, effort, clock, group)
-        points += _layer_points(subject, effort, clock, group)
-        points += _head_points(subject, effort, clock, group)
+        for measured in (_expert_points, _layer_points, _head_points):
+            points += measured(subject, effort, clock, group, device)
+    points = [replace(point, device=device) for point in points]
     copy_bytes = min(COPY_BYTES, effort.scratch_bytes // 2)
     ((copy,),) = group("copies in memory", 0.06, [copy_run(copy_bytes, clock)])
     disk, notes = _disk(subjects, clock, group)
-    device = Device(name="cpu", memory_bytes=memory_bytes(), curves=tuple(_curves(points)))
+    measured_device = Device(name=device, memory_bytes=device_bytes(device), curves=tuple(_curves(points)))
     dram = Tier(name="dram", capacity_bytes=memory_bytes(), bytes_per_s=copy_bytes / copy.seconds)
-    machine = Machine(devices=(device,), tiers=(dram, disk), measured=provenance())
+    machine = Machine(devices=(measured_device,), tiers=(dram, disk), measured=provenance(device))
     return Profile(machine=machine, points=tuple(points), notes=(*_notes(points, subjects), *notes))
 
 
-def provenance() -> Provenance:
+def provenance(device: str = "cpu") -> Provenance:
     """What is measured on and with, now."""
     return Provenance(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        cpu=cpu_model(),
+        cpu=processor_of(device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         poise=metadata.version("poise"),
@@ -154,13 +162,16 @@ Group = Callable[[str, float, Sequence[Run]], list[tuple[Measurement, ...]]]
 """(label, share of the time for a model, cases) to their measurements."""
 
 
-def _expert_points(subject: Subject, effort: Effort, clock: Clock, group: Group) -> Iterator[TimedPoint]:
-    experts = load_experts(subject, scratch_bytes=effort.scratch_bytes)
+def _expert_points(subject: Subject, effort: Effort, clock: Clock, group: Group, device: str) -> Iterator[TimedPoint]:
+    experts = load_experts(subject, scratch_bytes=effort.scratch_bytes, device=device)
     each = subject.expert_flops_per_token
     grid = [(tokens, 1) for tokens in effort.expert_tokens]
     grid += [(tokens * active, active) for tokens, active in effort.grouped if active <= experts.num_experts]
     grid = [(tokens, active) for tokens, active in grid if tokens == active or tokens * each <= effort.max_flops]
-    runs = [expert_run(subject, experts, tokens=tokens, active=active, clock=clock) for tokens, active in grid]
+    runs = [
+        expert_run(subject, experts, tokens=tokens, active=active, clock=clock, device=device)
+        for tokens, active in grid
+    ]
     for (tokens, active), (time_s,) in zip(grid, group(f"{subject.name}: experts", 0.3, runs), strict=True):
         yield TimedPoint(
             kind="expert",
@@ -172,11 +183,11 @@ def _expert_points(subject: Subject, effort: Effort, clock: Clock, group: Group)
         )
 
 
-def _layer_points(subject: Subject, effort: Effort, clock: Clock, group: Group) -> Iterator[TimedPoint]:
+def _layer_points(subject: Subject, effort: Effort, clock: Clock, group: Group, device: str) -> Iterator[TimedPoint]:
     grid = [(rows, 1, context) for context in effort.decode_contexts for rows in effort.decode_rows]
     chunk = effort.prefill_row_tokens
     grid += [(rows, chunk, context) for context in effort.prefill_contexts for rows in effort.prefill_rows]
-    with Layers(subject, clock) as layers:
+    with Layers(subject, clock, device) as layers:
         room = {context: effort.scratch_bytes // max(1, layers.cache_bytes(context)) for _, _, context in grid}
         grid = [(rows, each, context) for rows, each, context in grid if rows == 1 or rows <= room[context]]
         runs = [layers.run(rows=rows, row_tokens=each, context_tokens=context) for rows, each, context in grid]
@@ -198,15 +209,15 @@ def _layer_points(subject: Subject, effort: Effort, clock: Clock, group: Group) 
             yield TimedPoint(kind="gate", shape=subject.gate_shape, tokens=tokens, time=gate, flops=flops)
 
 
-def _head_points(subject: Subject, effort: Effort, clock: Clock, group: Group) -> Iterator[TimedPoint]:
+def _head_points(subject: Subject, effort: Effort, clock: Clock, group: Group, device: str) -> Iterator[TimedPoint]:
     """The product with the vocabulary's matrix: a part of its rows, at the rate of which the whole is counted."""
     most = effort.scratch_bytes // (4 * subject.hidden * subject.dtype.itemsize)
     rows = max(1, min(subject.vocabulary, HEAD_ROWS, most))
     scale = subject.vocabulary / rows
-    weight_VH = torch.rand(rows, subject.hidden, generator=torch.Generator().manual_seed(0)).to(subject.dtype)
+    weight_VH = torch.rand(rows, subject.hidden, generator=torch.Generator().manual_seed(0)).to(device, subject.dtype)
 
     def run_of(tokens: int) -> Run:
-        hidden_TH = torch.ones(tokens, subject.hidden, dtype=subject.dtype)
+        hidden_TH = torch.ones(tokens, subject.hidden, dtype=subject.dtype, device=device)
 
         def run() -> tuple[float, ...]:
             with torch.inference_mode():
