@@ -19,7 +19,7 @@ from poise.errors import PlacementError
 from poise.plan.balance_assignment import Assignment, whole_tokens
 from poise.plan.balance_choice import choose, replicas_of
 from poise.plan.balance_greedy import choose_greedily
-from poise.plan.balance_spread import ROUNDS, spread
+from poise.plan.balance_spread import spread
 from poise.plan.balance_state import (
     Counts,
     Group,
@@ -180,7 +180,7 @@ class Balancer:
                 self._group,
                 self._all_R if in_frac_R is None else in_frac_R,
                 self._all_R if out_frac_R is None else out_frac_R,
-                replica_N3,
+                np.ascontiguousarray(replica_N3, dtype=np.int64),
             )
         )
 
@@ -231,7 +231,7 @@ def _divide(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floa
     for place in range(len(replica_N3)):
         copy = add_replica(step, group, counts_RE, replica_N3[place, 0], replica_N3[place, 1], replica_N3[place, 2])
         take_born(step, copy)
-    spread(step, ROUNDS)
+    spread(step)
     seconds_R = curves_s_R(step, group.table)
     if seconds_R.max() > home_s:
         step, _ = _at_home(counts_RE, group, in_frac_R, out_frac_R, no_window_R)
@@ -249,7 +249,7 @@ def _at_home(
     unbalanced_s = curves_s_R(step, group.table).max()
     touch_curves(step, group.table)
     if len(group.slot_to_expert_S) > len(step.expert_E):
-        spread(step, ROUNDS)
+        spread(step)
         if curves_s_R(step, group.table).max() > unbalanced_s:
             step = home_step(counts_RE, group, in_frac_R, out_frac_R, window_s_R)
             touch_curves(step, group.table)

@@ -106,6 +106,9 @@ def _cuts(
     for expert in range(num_experts):
         begin, end = begin_E1[expert], begin_E1[expert + 1]
         own, counted = own_E[expert], counts_RE[source, expert]
+        if end - begin == 1:
+            rank_EC[expert], until_EC[expert] = rank_N[begin], own
+            continue
         kept, first, last = _left_over(begin, end, rank_N, tokens_N, counts_RE, source, expert)
         until, filled = 0, 0
         for place in range(begin, end):

@@ -82,12 +82,10 @@ def _window_s(
     low, high = 0.0, 1.0
     while high - low > PRECISION_FRAC * high:
         middle = (low + high) / 2
-        can_R = np.array(
-            [
-                float(floors[costs.curve_R[rank]].tokens_within(middle * costs.speed_R[rank]))
-                for rank in range(len(all_R))
-            ]
-        )
+        can_R = np.zeros(len(all_R))
+        for index, floor in enumerate(floors):
+            ranks = costs.curve_R == index
+            can_R[ranks] = floor.tokens_within(middle * costs.speed_R[ranks])
         most = np.append(0.0, np.cumsum(-np.sort(-can_R)))
         with_others_R = can_R + most[np.minimum(gives_R, len(all_R) - 1)]
         if (can_R >= stays_R).all() and (with_others_R >= all_R).all():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from poise.plan.balance_spread import LEAST_TOKENS, ROUNDS, fill, spread
+from poise.plan.balance_spread import LATE_FRAC, LEAST_TOKENS, fill, spread
 from poise.plan.balance_state import (
     NONE,
     Counts,
@@ -25,8 +25,6 @@ from poise.plan.balance_state import (
     drop_replica,
     empty_step,
     holds,
-    latest,
-    level_s,
     set_quota,
     slowest_s,
 )
@@ -38,10 +36,8 @@ HAND_OVER_WORK = 8
 """Setting so many copies takes about as long as one hand-over."""
 LINKS_FRAC = 0.4
 """Of a token's time in its expert, from which on its way decides which replicas come first."""
-UNEVEN_FRAC = 0.005
-"""Of the time: by how much the slowest rank may be late, and"""
-UNEVEN_ACTIVE = 0.5
-"""by how many active experts."""
+LATE_ACTIVE = 0.5
+"""So many active experts may a rank be late by, if that is more than ``LATE_FRAC``."""
 
 
 @compiled
@@ -49,7 +45,7 @@ def choose(step: Step, group: Group, counts_RE: Counts) -> None:
     """Adds replicas to ``step`` and spreads all tokens."""
     links_first = _links_weigh(step)
     work = _in_order(step, group, counts_RE, links_first)
-    if slowest_s(step) > _goal_s(step) and work < group.most_work:
+    if work < group.most_work and _is_uneven(step):
         other = empty_step(len(step.copy_C), len(step.expert_E), len(step.rank_R))
         copy_step(step, other)
         for slot in range(len(group.slot_to_expert_S), len(other.copy_C)):
@@ -67,13 +63,25 @@ def choose(step: Step, group: Group, counts_RE: Counts) -> None:
 
 
 @compiled
-def _goal_s(step: Step) -> float:
-    """As late as a rank may be: to relieve it of less costs others more, an active expert for each replica."""
-    active_s = 0.0
+def _goal_and_latest(step: Step) -> tuple[float, int]:
+    """As late as a rank may be: to relieve it of less costs others more, an active expert for each replica. And the latest."""
+    seconds = weights = active_s = 0.0
+    late = 0
     for rank in range(len(step.rank_R)):
-        active_s += step.rank_R[rank]["active_s"] / len(step.rank_R)
-    level = level_s(step)
-    return level + max(UNEVEN_FRAC * level, UNEVEN_ACTIVE * active_s)
+        its = step.rank_R[rank]
+        seconds += its["weight"] * its["seconds"]
+        weights += its["weight"]
+        active_s += its["active_s"]
+        if its["seconds"] > step.rank_R[late]["seconds"]:
+            late = rank
+    level = seconds / weights
+    return level + max(LATE_FRAC * level, LATE_ACTIVE * active_s / len(step.rank_R)), late
+
+
+@compiled
+def _is_uneven(step: Step) -> bool:
+    goal_s, late = _goal_and_latest(step)
+    return bool(step.rank_R[late]["seconds"] > goal_s)
 
 
 @compiled
@@ -91,11 +99,11 @@ def _in_order(step: Step, group: Group, counts_RE: Counts, links_first: bool) ->
     """What comes first has the slots and windows. Returns the work."""
     if links_first:
         _save_links(step, group, counts_RE)
-        work = spread(step, ROUNDS) + _relieve(step, group, counts_RE)
+        work = spread(step) + _relieve(step, group, counts_RE)
     else:
         work = _relieve(step, group, counts_RE)
         _save_links(step, group, counts_RE)
-    return work + spread(step, ROUNDS)
+    return work + spread(step)
 
 
 @compiled
@@ -164,7 +172,7 @@ def _relieve(step: Step, group: Group, counts_RE: Counts) -> int:
     num_ranks, work = len(step.rank_R), 0
     spent_R = np.zeros(num_ranks, dtype=np.bool_)
     for _ in range(num_ranks * (1 + group.replica_slots)):
-        goal_s, late = _goal_s(step), latest(step)
+        goal_s, late = _goal_and_latest(step)
         if step.rank_R[late]["seconds"] <= goal_s:
             break
         giver = late if not spent_R[late] else _partner(step, group, late, spent_R, goal_s)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from poise.plan.balance_spread import CLOSE_FRAC, LATE_FRAC, LEAST_TOKENS, ROUNDS, fill, spread
+from poise.plan.balance_spread import CLOSE_FRAC, LATE_FRAC, LEAST_TOKENS, fill, spread
 from poise.plan.balance_state import (
     NONE,
     Counts,
@@ -32,6 +32,11 @@ SMALL = 512
 
 
 @compiled
+def is_small(step: Step) -> bool:
+    return len(step.copy_C) * len(step.expert_E) <= SMALL
+
+
+@compiled
 def try_relief(step: Step, group: Group, counts_RE: Counts, work: int) -> int:
     """Replicas of the slowest rank's experts, in place of others and given in place of others. ``work``: done so far."""
     if work >= group.most_work:
@@ -50,7 +55,7 @@ def try_relief(step: Step, group: Group, counts_RE: Counts, work: int) -> int:
         if not _bring(step, group, counts_RE, expert, rank):
             copy_step(kept, step)
             continue
-        work += spread(step, ROUNDS) + len(step.copy_C) // 8
+        work += spread(step) + len(step.copy_C) // 8
         if slowest_s(step) < (1.0 - CLOSE_FRAC) * before_s:
             copy_step(step, kept)
             tried_ER[:] = False
@@ -137,7 +142,7 @@ def try_others(step: Step, group: Group, counts_RE: Counts, work: int) -> int:
             before_s, its, old = slowest_s(step), step.rank_R[rank], step.copy_C[slot]
             least = (CLOSE_FRAC / 2) * before_s * num_ranks / its["out_s"]
             least += min(old["quota"], old["born"]) if old["expert"] != NONE else its["active_s"] / its["out_s"]
-            if len(step.copy_C) * num_experts <= SMALL:
+            if is_small(step):
                 least = 0.0
             for expert in range(num_experts):
                 if counts_RE[rank, expert] <= least or holds(step, expert, rank):
@@ -149,7 +154,7 @@ def try_others(step: Step, group: Group, counts_RE: Counts, work: int) -> int:
                     is_kept = True
                 if not _exchange(step, group, counts_RE, slot, expert):
                     continue
-                work += spread(step, ROUNDS) + len(step.copy_C) // 8
+                work += spread(step) + len(step.copy_C) // 8
                 if slowest_s(step) < (1.0 - CLOSE_FRAC / 2) * before_s:
                     copy_step(step, kept)
                     improved = True
@@ -161,7 +166,7 @@ def try_others(step: Step, group: Group, counts_RE: Counts, work: int) -> int:
 @compiled
 def try_fewer(step: Step, group: Group, work: int) -> None:
     """Copies, replicas or not, that compute nothing: one active expert less."""
-    if work >= group.most_work:
+    if work >= group.most_work or not is_small(step):
         return
     kept = empty_step(len(step.copy_C), len(step.expert_E), len(step.rank_R))
     copy_step(step, kept)
@@ -177,7 +182,7 @@ def try_fewer(step: Step, group: Group, work: int) -> None:
         before_s = slowest_s(step)
         copy["shut"] = 1
         fill(step, copy["expert"], np.inf)
-        work += spread(step, ROUNDS) + len(step.copy_C) // 8
+        work += spread(step) + len(step.copy_C) // 8
         if slowest_s(step) < (1.0 - CLOSE_FRAC / 2) * before_s:
             copy_step(step, kept)
         else:
