@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 
 from poise.engine.parallel_llm import ParallelLLM
 from poise.engine.sampling import SamplingParams
+from poise.engine.vibe import Vibe
+from poise.model.inspect import find_experts
 from poise.parallel.launch import Launch
 from poise.parallel.watch import Patience
-from poise.plan.rebalance import Eplb, Proposal, Rebalance, Window
+from poise.plan.rank_costs import RankCosts
+from poise.plan.rebalance import Eplb, Outcome, Planner, Proposal, Rebalance, Window
 from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
 from tests.ranks import start_ranks
 
@@ -90,8 +94,15 @@ def test_more_ranks_than_requests(
     assert results[0]["tokens"] == [expected(reference(path), prompts[0])]
 
 
-def generate_balanced(launch: Launch, path: Path, prompts: list[list[int]], policy: Rebalance) -> dict[str, Any]:
+def generate_balanced(
+    launch: Launch, path: Path, prompts: list[list[int]], policy: Rebalance, slow_rank: int | None = None
+) -> dict[str, Any]:
+    """``slow_rank`` takes 3 ms longer for each expert."""
     with ParallelLLM(path, launch, memory="2GiB", patience=PATIENT, policy=policy) as llm:
+        if launch.rank == slow_rank:
+            model = llm.runner.model
+            for module in find_experts(model, model.config.model_type):
+                model.get_submodule(module.name).act_fn.register_forward_pre_hook(lambda *_: time.sleep(0.003))
         balancing = llm.balancing
         assert balancing is not None
         if launch.rank > 0:
@@ -112,6 +123,10 @@ class Rotate:
     """Every expert moves on, again and again: the most that a policy can ask for."""
 
     interval: int = 4
+    outcomes: tuple[Outcome | None, ...] = ()
+
+    def start(self, curves: RankCosts | None) -> Planner:
+        return self
 
     def propose(self, window: Window) -> Proposal:
         return Proposal(slot_to_expert_LS=np.roll(window.current_LS, 1, axis=1), reason="turning", gain_frac=None)
@@ -132,6 +147,26 @@ def test_experts_move_while_tokens_are_generated_and_the_tokens_stay_the_same(
     windows = results[0]["figures"]
     assert len(windows) == 10
     assert all(each.imbalance >= 1.0 and len(each.expert_s_R) == 4 for each in windows)
+
+
+def test_vibe_relieves_a_slow_rank_while_tokens_are_generated_and_they_stay_the_same(
+    checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
+) -> None:
+    path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 9, 3, 7, 4, 6, 8, 5, 9, 3, 7, 4))
+    results = start_ranks(generate_balanced, 4, tmp_path, path, prompts, Vibe(interval=4), 2).results(within_s=120)
+    assert results[0]["tokens"] == [expected(reference(path), prompt, 40) for prompt in prompts]
+    (change, *later) = results[0]["history"]
+    assert change.moved_experts > 0
+    assert change.gain_frac > 0.03
+    assert not later, "it moves once"
+    assert "because a first profile is there" in results[0]["table"][0]
+    figures = results[0]["figures"]
+    before, after = (
+        [each for each in figures if condition(each.last_pass)]
+        for condition in (lambda last: last <= change.at_pass, lambda last: last > change.at_pass + 8)
+    )
+    slow_s, relieved_s = (np.median([each.expert_s_R[2] for each in some]) for some in (before, after))
+    assert relieved_s < 0.9 * slow_s
 
 
 def refuse(launch: Launch, path: Path, memory: str, ranks_differ: bool) -> None:

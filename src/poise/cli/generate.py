@@ -74,12 +74,10 @@ class GenerateOptions:
             raise UsageError(f"balance {self.balance!r} is not supported; choose one of {', '.join(BALANCES)}")
         if self.balance != "static" and not self.expert_parallel:
             raise UsageError("--balance is about ranks that share the experts; give --expert-parallel as well")
-        if self.expert_parallel and self.quantize != "none":
-            raise UsageError("--quantize does not go with --expert-parallel yet; leave it out")
         if self.expert_parallel and (self.correlation_table is not None or self.save_table is not None):
             raise UsageError("--correlation-table and --save-table do not go with --expert-parallel; leave them out")
-        if self.expert_parallel and (self.machine is not None or self.device != "auto"):
-            raise UsageError("--machine and --device do not go with --expert-parallel yet; leave them out")
+        if self.expert_parallel and self.device != "auto":
+            raise UsageError("--device does not go with --expert-parallel yet; leave it out")
         if self.memory != "auto":
             parse_bytes(self.memory)
         written = [("--output", self.output), ("--timeline", self.timeline), ("--save-table", self.save_table)]
@@ -230,8 +228,11 @@ def _open_ranks(options: GenerateOptions, launch: Launch, view: _View | None) ->
         launch,
         memory=options.memory,
         dtype=options.dtype,
+        quantize=options.quantize,
+        machine=options.machine,
         balance=options.balance,
         on_loaded=None if view is None else view.on_loaded,
+        on_made=None if view is None else view.on_made,
     )
 
 

@@ -178,11 +178,17 @@ class Blueprint:
 
 
 def draw_up(
-    model: str | Path, options: Options, *, on_made: OnMade | None = None, makes_store: bool = True
+    model: str | Path,
+    options: Options,
+    *,
+    on_made: OnMade | None = None,
+    makes_store: bool = True,
+    waits: bool = False,
 ) -> Blueprint:
     """``model``: a directory, or an id on the Hugging Face hub. ``on_made``: told of each expert put into the 4-bit store.
 
-    ``makes_store``: False leaves a 4-bit store that is not there unmade; such a blueprint can be planned with, not loaded.
+    ``waits``: while another process makes that store. ``makes_store``: False leaves one that is not there unmade; such a
+    blueprint can be planned with, not loaded.
 
     Raises UsageError (CheckpointError, MachineError, BudgetError) for what cannot run.
     """
@@ -202,7 +208,7 @@ def draw_up(
     if options.quantize == "int4":
         if makes_store:
             layout, int4 = experts_in_4_bits(
-                checkpoint, layout, meta, modules, budget_bytes=budget_bytes, on_made=on_made
+                checkpoint, layout, meta, modules, budget_bytes=budget_bytes, on_made=on_made, waits=waits
             )
         else:
             layout = layout_in_4_bits(checkpoint, layout, meta, modules)

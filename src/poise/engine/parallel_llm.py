@@ -15,6 +15,7 @@ import poise
 from poise.engine.balancing import Balancing
 from poise.engine.batch import Row
 from poise.engine.blueprint import Blueprint, Options, draw_up
+from poise.engine.first_placement import contiguous_for, curves_of, device_of, digest_of, opened, placed_by_speed
 from poise.engine.footprint import peak_resident_bytes, return_freed_memory
 from poise.engine.loop import Listeners, Loop, OnProgress
 from poise.engine.parallel_call import Call, as_text, from_text
@@ -26,9 +27,11 @@ from poise.engine.rank_recorder import RankRecorder
 from poise.engine.request import Progress, Prompt, RequestOutput
 from poise.engine.sampling import SamplingParams
 from poise.engine.shares import deal
+from poise.engine.vibe import Vibe
 from poise.errors import CheckpointError, UsageError
 from poise.model.dense import load_dense
 from poise.model.fingerprint import model_fingerprint
+from poise.model.int4_making import OnMade
 from poise.model.seam import attach
 from poise.model.weights import converter_for
 from poise.parallel.courier import Courier
@@ -43,9 +46,11 @@ from poise.parallel.routes import Copies
 from poise.parallel.timelines import RankTimeline, gather_timelines
 from poise.parallel.watch import Patience
 from poise.plan.pipeline import PipelinePlan
-from poise.plan.rebalance import Eplb, Rebalance, Vibe
+from poise.plan.rank_costs import RankCosts
+from poise.plan.rebalance import Eplb, Rebalance
 from poise.report.rank_figures import RankFigures
-from poise.spec.placement import Placement, contiguous
+from poise.spec.machine import Machine
+from poise.spec.placement import Placement
 from poise.spec.timeline import Timeline
 
 BALANCES: Mapping[str, Rebalance | None] = MappingProxyType({"static": None, "eplb": Eplb(), "vibe": Vibe()})
@@ -60,7 +65,9 @@ class ParallelLLM:
 
     ``balance``: how experts are placed while running, one of ``BALANCES``; ``policy``: in place of the one of that name.
     ``redundant_slots``: copies of experts that each rank holds in each layer beyond its even share; None: 2 where experts
-    are balanced, else none. ``placement``: who holds which expert at first; None: contiguous, as every engine starts.
+    are balanced, else none. ``placement``: who holds which expert at first; None: contiguous, as every engine starts, or by
+    the speeds of ``machine`` where experts are placed by speed ("vibe"). ``machine``: a device for each rank, in order,
+    repeated where there are fewer.
 
     Raises RanksError for ranks that do not run the same thing, RankLostError when one is lost, UsageError (CheckpointError,
     BudgetError) for what cannot run.
@@ -73,6 +80,8 @@ class ParallelLLM:
         *,
         memory: str | int = "auto",
         dtype: str = "auto",
+        quantize: str = "none",
+        machine: Machine | str | Path | None = None,
         balance: str = "static",
         policy: Rebalance | None = None,
         redundant_slots: int | None = None,
@@ -80,6 +89,7 @@ class ParallelLLM:
         groups: Sequence[tuple[int, int]] | None = None,
         patience: Patience | None = None,
         on_loaded: OnLoaded | None = None,
+        on_made: OnMade | None = None,
     ) -> None:
         self._group: RankGroup | None = None
         self._experts: RankExperts | None = None
@@ -96,11 +106,25 @@ class ParallelLLM:
         if redundant_slots is None:
             redundant_slots = 0 if self._policy is None else REDUNDANT_SLOTS
         return_freed_memory()
-        drawn = draw_up(model, Options(memory=memory, dtype=dtype, groups=groups))
-        self.placement = placement or _contiguous(drawn, launch.num_ranks, redundant_slots)
+        devices = opened(machine)
+        own = device_of(devices, launch.rank)
+        asked = Options(memory=memory, dtype=dtype, groups=groups, quantize=quantize, machine=own)
+        drawn = draw_up(model, asked, on_made=on_made or _nobody, waits=True)
+        self._curves: RankCosts | None = None
+        first = placement or contiguous_for(drawn, launch.num_ranks, redundant_slots)
+        if devices is not None and isinstance(self._policy, Vibe):
+            self._curves = curves_of(devices, drawn, launch.num_ranks)
+            first = placement or placed_by_speed(first, self._curves, top_k=drawn.spec.top_k)
+        self.placement = first
         self._blueprint = _for_ranks(drawn, self.placement)
         self._drawn = drawn
-        options = {"dtype": drawn.dtype.dtype, "redundant slots": redundant_slots, "balance": self._policy or "static"}
+        options = {
+            "dtype": drawn.dtype.dtype,
+            "quantize": quantize,
+            "machine": digest_of(devices),
+            "redundant slots": redundant_slots,
+            "balance": self._policy or "static",
+        }
         facts = facts_of(
             model_fingerprint(drawn.checkpoint), self.placement, version=poise.__version__, options=options
         )
@@ -148,7 +172,7 @@ class ParallelLLM:
             on_agreement=self._hear,
         )
         if self._policy is not None:
-            self._balancing = Balancing(group, layers, self._migration, self._policy)
+            self._balancing = Balancing(group, layers, self._migration, self._policy, curves=self._curves)
         group.meet("loaded")
 
     @property
@@ -331,14 +355,8 @@ class ParallelLLM:
         self._call.heard([told for _, *told in agreement.told_RN])
 
 
-def _contiguous(drawn: Blueprint, ranks: int, redundant_slots: int) -> Placement:
-    experts = max(drawn.spec.experts_L)
-    if min(drawn.spec.experts_L) != experts:
-        raise UsageError(f"{drawn.spec.architecture} has layers of different numbers of experts; run it without ranks")
-    if redundant_slots < 0:
-        raise UsageError(f"redundant slots are {redundant_slots}; give 0 or more")
-    slots = min(experts, -(-experts // ranks) + redundant_slots)
-    return contiguous(drawn.spec.moe_layers, num_experts=experts, ranks=ranks, slots_per_rank=slots)
+def _nobody(done: int, total: int) -> None:
+    """Is told of a 4-bit store that is made, where rank 0 shows it."""
 
 
 def _shard_bytes(drawn: Blueprint, placement: Placement) -> int:

@@ -31,11 +31,13 @@ def experts_in_4_bits(
     *,
     budget_bytes: int,
     on_made: OnMade | None,
+    waits: bool = False,
 ) -> tuple[CheckpointLayout, Int4Store]:
     """The layout that reads from the 4-bit store, and the store.
 
-    ``on_made`` is told of each expert that had to be made; None draws a bar. Raises CheckpointError for experts that cannot be
-    held in 4 bits, a damaged store or a disk that is too full, BudgetError where there is no memory for making a store.
+    ``on_made`` is told of each expert that had to be made; None draws a bar. ``waits``: while another process makes it.
+    Raises CheckpointError for experts that cannot be held in 4 bits, a damaged store or a disk that is too full, BudgetError
+    where there is no memory for making a store.
     """
     transposed = _is_transposed(model, modules)
     directory = store_directory(checkpoint)
@@ -52,7 +54,7 @@ def experts_in_4_bits(
             )
         original = Original(checkpoint=checkpoint, layout=layout, model=model, dtype=dtype, transposed=transposed)
         with _bar() if on_made is None else nullcontext(on_made) as listener:
-            store = make_store(original, directory, shards, listener)
+            store = make_store(original, directory, shards, listener, waits=waits)
         before, after = (
             sum(source.nbytes for row in each.experts_LE for source in row)
             for each in (layout, int4_layout(layout, shards, store))

@@ -85,10 +85,15 @@ def making_bytes(source: ExpertSource, dtype: torch.dtype) -> int:
     return 3 * sum(math.prod(shape) for shape in source.shapes.values()) * dtype.itemsize
 
 
-def make_store(original: Original, directory: Path, shards: Sequence[Shard], on_made: OnMade) -> Int4Store:
-    """Makes what is missing of a store. Raises CheckpointError when the disk is too small or fails, ReadError likewise."""
+def make_store(
+    original: Original, directory: Path, shards: Sequence[Shard], on_made: OnMade, *, waits: bool = False
+) -> Int4Store:
+    """Makes what is missing of a store. ``waits``: until another process that makes it has ended.
+
+    Raises CheckpointError when the disk is too small or fails, ReadError likewise.
+    """
     total = sum(len(shard.experts) for shard in shards)
-    with _reporting(directory), _locked(directory):
+    with _reporting(directory), _locked(directory, waits):
         found = [facts_of(shard) for shard in shards]
         _require_disk(directory, sum(shard.nbytes for shard, facts in zip(shards, found, strict=True) if not facts))
         done = sum(len(shard.experts) for shard, facts in zip(shards, found, strict=True) if facts)
@@ -159,11 +164,11 @@ def _whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _locked(directory: Path, waits: bool) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "wb") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             raise CheckpointError(
                 f"another process is making the 4-bit store {directory}; run this again when it has finished"

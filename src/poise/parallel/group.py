@@ -141,6 +141,20 @@ class RankGroup:
         """All ranks at once: a process group of its own, for one other thread."""
         return Channel(dist.new_group(backend=self._backend, timeout=timedelta(seconds=4 * self._patience.behind_s)))
 
+    def explain(self, error: Exception) -> RankLostError:
+        """Why a transfer on a channel broke: waits for the verdict about a rank that is gone, else ends all for ``error``."""
+        return self._watching.explain(_first_line(error))
+
+    def end_all(self, message: str) -> None:
+        """Ends the job on all ranks. Raises RankLostError, with ``message`` unless there is a verdict already."""
+        self._watching.judge(f"{message}; all ranks end")
+        self.check()
+
+    @property
+    def behind_s(self) -> float:
+        """How long a rank may keep the others waiting."""
+        return self._patience.behind_s
+
     def _enter(self) -> None:
         self.check()
         self._watching.enter()

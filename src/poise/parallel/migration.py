@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from time import perf_counter
 
 import torch
 
@@ -18,6 +19,10 @@ from poise.parallel.group import Channel, RankGroup
 from poise.parallel.rank_experts import RankExperts
 from poise.spec.placement import Placement
 from poise.spec.timeline import MIGRATION, Timeline
+from poise.units import MIB
+
+MOST_TRIED_BYTES = 4 * MIB
+"""That the time of a move is measured with."""
 
 
 class Migration:
@@ -38,6 +43,10 @@ class Migration:
         self._bytes = 0
         self.timeline: Timeline | None = None
         """Gets a span for each layer that changes."""
+        self._received, self._received_s = 0, 0.0
+        self._waiting: tuple[Arrival, int, float] | None = None
+        """A transfer under way, of which layer, since when."""
+        self._expected_s = _sending_s(group, experts.slot_bytes)
         self._error: Exception | None = None
         self._has_changed = threading.Condition()
         self._closed = False
@@ -55,10 +64,27 @@ class Migration:
         return self._bytes
 
     @property
+    def move_s(self) -> float:
+        """What one expert takes to come here from another rank: as it was lately, else as tried out at the start."""
+        return self._received_s / self._received if self._received else self._expected_s
+
+    @property
     def arrived(self) -> int:
-        """How many changes have arrived here; ranks agree on the smallest of these. Raises what broke the transfer."""
-        if self._error is not None:
-            raise self._error
+        """How many changes have arrived here; ranks agree on the smallest of these.
+
+        Raises RankLostError where a transfer broke or keeps waiting, ReadError where one from disk failed.
+        """
+        error, waiting = self._error, self._waiting
+        if isinstance(error, RuntimeError):
+            raise self._group.explain(error) from None
+        if error is not None:
+            raise error
+        if waiting is not None and perf_counter() - waiting[2] > self._group.behind_s:
+            arrival, layer, _ = waiting
+            self._group.end_all(
+                f"expert {arrival.expert} of MoE layer {layer} does not come from rank {arrival.from_rank} to rank "
+                f"{arrival.to_rank} within {self._group.behind_s:g} s"
+            )
         return self._arrived
 
     def begin(self, after: Placement, *, from_disk: bool = False) -> int:
@@ -158,12 +184,37 @@ class Migration:
         from_disk = []
         for arrival in change.arrivals:
             key = (change.layer, arrival.expert)
-            if arrival.to_rank == self._rank:
-                self._bytes += runs[arrival.expert].nbytes
-                if arrival.from_rank is None:
-                    from_disk.append(key)
-                else:
-                    self._channel.receive(runs[arrival.expert], arrival.from_rank)
-            elif arrival.from_rank == self._rank:
+            if self._rank not in (arrival.to_rank, arrival.from_rank):
+                continue
+            self._waiting = (arrival, change.layer, perf_counter())
+            if arrival.to_rank != self._rank:
                 self._channel.send(self._experts.run(key), arrival.to_rank)
+            elif arrival.from_rank is None:
+                from_disk.append(key)
+                self._bytes += runs[arrival.expert].nbytes
+            else:
+                self._receive(runs[arrival.expert], arrival.from_rank)
+        self._waiting = None
         self._experts.read(from_disk)
+
+    def _receive(self, run: torch.Tensor, from_rank: int) -> None:
+        began_s = perf_counter()
+        self._channel.receive(run, from_rank)
+        self._received_s += perf_counter() - began_s
+        self._received += 1
+        self._bytes += run.nbytes
+
+
+def _sending_s(group: RankGroup, nbytes: int) -> float:
+    """All ranks at once: what a rank takes to send so many bytes to the next one while all do, tried out with fewer."""
+    tried = min(nbytes, MOST_TRIED_BYTES)
+    sent = torch.zeros(tried, dtype=torch.uint8, device=group.device)
+    came = torch.empty_like(sent)
+    to_R, from_R = [0] * group.num_ranks, [0] * group.num_ranks
+    to_R[(group.rank + 1) % group.num_ranks] = from_R[(group.rank - 1) % group.num_ranks] = tried
+    began_s = perf_counter()
+    for _ in range(2):  # the first one opens connections
+        began_s = perf_counter()
+        group.all_to_all(came, sent, from_R, to_R)
+        came[:1].tolist()  # where exchanges are queued, waits for this one
+    return (perf_counter() - began_s) * nbytes / tried

@@ -72,6 +72,11 @@ class RankExperts:
         self.counters = ReadCounters()
 
     @property
+    def slot_bytes(self) -> int:
+        """Of one expert, at most."""
+        return self._slot_bytes
+
+    @property
     def num_free(self) -> int:
         """Slots without an expert."""
         return len(self._free)

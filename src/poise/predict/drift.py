@@ -8,6 +8,7 @@ Letters: L layers, E experts, W windows, N samples, R ranks, D devices.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,9 @@ Floats = npt.NDArray[np.float64]
 MEDIAN_ERROR = 1.2533
 """Standard error of a median over that of a mean, for normal noise."""
 MAD_TO_SIGMA = 1.4826
+NOISE_WINDOWS = 16
+LEAST_STEPS = 3
+"""Differences of windows that tell noise from a jump."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,13 +145,16 @@ class SpeedVerdict:
 class SpeedDrift:
     """Watches measured times against predicted ones; make a new one once speeds are changed.
 
-    A change that all ranks share moves no expert, so each rank is held against the median rank.
+    A change that all ranks share moves no expert, so each rank is held against the median rank. Noise is how samples of a
+    window scatter, or how windows in a row differ, if that is more: what slows a rank for a moment lasts for many samples.
     """
 
     def __init__(self, rule: DriftRule = SPEED_RULE) -> None:
         self._rule = rule
         self._hysteresis = Hysteresis(rule)
         self._recent: list[Floats] = []
+        self._last_R: Floats | None = None
+        self._steps: deque[Floats] = deque(maxlen=NOISE_WINDOWS)
 
     def observe(self, predicted_s_NR: npt.ArrayLike, measured_s_NR: npt.ArrayLike) -> SpeedVerdict:
         """One window: samples (steps, layers) of all ranks, those of a rank without work 0 in both."""
@@ -161,10 +168,20 @@ class SpeedDrift:
         spread_R = MAD_TO_SIGMA * np.nanmedian(np.abs(ratio_NR - faster_R), axis=0)
         noise_R = MEDIAN_ERROR * spread_R / np.sqrt(worked_NR.sum(axis=0))
         apart_R = np.abs(faster_R - np.median(faster_R))
+        noise_R = np.maximum(noise_R, self._between_windows_R(faster_R - np.median(faster_R)))
         limit_R = np.maximum(self._rule.limit, self._rule.noise_factor * noise_R)
         self._recent = [*self._recent[-self._rule.windows + 1 :], faster_R] if self._rule.windows > 1 else [faster_R]
         drifted = self._hysteresis.passed(float((apart_R / limit_R).max()), 1.0)
         return SpeedVerdict(factor_R=np.exp(np.median(self._recent, axis=0)), drifted=drifted)
+
+    def _between_windows_R(self, apart_R: Floats) -> Floats:
+        """Noise of a window, from how windows in a row differ: a jump shows in one difference only, slow drift hardly."""
+        if self._last_R is not None:
+            self._steps.append(np.abs(apart_R - self._last_R))
+        self._last_R = apart_R
+        if len(self._steps) < LEAST_STEPS:
+            return np.zeros_like(apart_R)
+        return np.asarray(MAD_TO_SIGMA * np.median(self._steps, axis=0) / np.sqrt(2.0))
 
 
 def recalibrated(machine: Machine, factor_D: npt.ArrayLike) -> Machine:
