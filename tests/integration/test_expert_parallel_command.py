@@ -146,7 +146,7 @@ def test_without_a_launcher_it_is_refused_in_one_line(prompt_file: Path) -> None
     )
 
 
-@pytest.mark.parametrize("option", [("--device", "cpu"), ("--save-table", "t.safetensors")])
+@pytest.mark.parametrize("option", [("--save-table", "t.safetensors"), ("--correlation-table", "t.safetensors")])
 def test_what_ranks_would_not_heed_is_refused_in_one_line(option: tuple[str, str]) -> None:
     command = [sys.executable, "-m", "poise", "generate", "model", "x", "--expert-parallel", *option]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from poise import LLM, SamplingParams
 from poise.engine.parallel_llm import ParallelLLM
@@ -59,6 +60,24 @@ def test_4_bit_experts_give_what_one_process_gives_with_them_and_move(
     assert results[0]["tokens"] != [list(each.outputs[0].token_ids) for each in in_full], (
         "4 bits make a difference here"
     )
+
+
+def open_on(launch: Launch, path: Path, device: str) -> None:
+    ParallelLLM(path, launch, memory="2GiB", patience=PATIENT, device=device).close()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda", "GPUs that torch can use"), ("tpu", "device 'tpu' is not known")]
+)
+def test_a_device_that_is_not_there_is_refused_in_one_line(
+    device: str, message: str, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    ranks = start_ranks(open_on, 2, tmp_path, checkpoint("qwen3_moe"), device)
+    assert ranks.wait() == [2, 2]
+    (line,) = ranks.output(0).splitlines()
+    assert message in line
 
 
 def machine(shape: Shape, *speeds: float) -> Machine:

@@ -71,7 +71,7 @@ Memory = Annotated[
         metavar="SIZE", help="Memory for weights, caches and buffers, such as 8GiB; auto: what is free, less a margin."
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: auto or cpu.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: auto or cpu; ranks: cuda, too.")]
 Dtype = Annotated[
     str,
     typer.Option(

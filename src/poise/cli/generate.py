@@ -76,8 +76,6 @@ class GenerateOptions:
             raise UsageError("--balance is about ranks that share the experts; give --expert-parallel as well")
         if self.expert_parallel and (self.correlation_table is not None or self.save_table is not None):
             raise UsageError("--correlation-table and --save-table do not go with --expert-parallel; leave them out")
-        if self.expert_parallel and self.device != "auto":
-            raise UsageError("--device does not go with --expert-parallel yet; leave it out")
         if self.memory != "auto":
             parse_bytes(self.memory)
         written = [("--output", self.output), ("--timeline", self.timeline), ("--save-table", self.save_table)]
@@ -227,6 +225,7 @@ def _open_ranks(options: GenerateOptions, launch: Launch, view: _View | None) ->
         options.model,
         launch,
         memory=options.memory,
+        device=options.device,
         dtype=options.dtype,
         quantize=options.quantize,
         machine=options.machine,

@@ -81,9 +81,11 @@ class Options:
     scratch_directory: str | Path | None = None
     correlation_table: str | Path | None = None
     trace: str | Path | None = None
+    experts_stay: bool = False
+    """On ranks: all experts of one are in its memory, so that it may be a GPU's."""
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu"):
+        if self.device not in ("auto", "cpu") and not (self.experts_stay and self.device == "cuda"):
             raise UsageError(
                 f"device {self.device!r} is not supported yet; experts are streamed to the CPU: give auto or cpu"
             )
@@ -195,7 +197,7 @@ def draw_up(
     checkpoint = open_checkpoint(find_model(model))
     config = load_config(checkpoint)
     table = read_table(options.correlation_table, checkpoint)
-    dtype = _dtype(checkpoint, options.dtype)
+    dtype = _dtype(checkpoint, options)
     meta = build_meta_model(config, dtype.dtype)
     modules = find_experts(meta, config.model_type)
     layout = find_layout(checkpoint, meta, modules, dtype.dtype)
@@ -248,15 +250,21 @@ def draw_up(
     )
 
 
-def _dtype(checkpoint: Checkpoint, asked: str) -> DtypeChoice:
-    own = own_dtype(checkpoint) if asked == "auto" else choose_dtype(checkpoint, asked)
-    return choose_for_device(own, is_asked_for=asked != "auto")
+def _dtype(checkpoint: Checkpoint, options: Options) -> DtypeChoice:
+    if options.dtype != "auto":
+        return choose_for_device(choose_dtype(checkpoint, options.dtype), is_asked_for=True)
+    own = own_dtype(checkpoint)
+    if options.device == "cuda":
+        return DtypeChoice(dtype=own, reason="the checkpoint's own")
+    return choose_for_device(own, is_asked_for=False)
 
 
 def _machine(
     options: Options, checkpoint: Checkpoint, layout: CheckpointLayout, dtype: torch.dtype, budget_bytes: int
 ) -> Machine | None:
-    """The one that was given, or this one as it was measured."""
+    """The one that was given, or this one as it was measured; a GPU is not measured here."""
+    if options.machine is None and options.device == "cuda":
+        return None
     if options.machine is None:
         weights_bytes = sum(source.nbytes for row in layout.experts_LE for source in row)
         return measured_machine(checkpoint.path, dtype, weights_bytes=weights_bytes, budget_bytes=budget_bytes)

@@ -7,22 +7,23 @@ ranks. Weights are in memory: a rank's part of the experts that does not fit is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
 import poise
 from poise.engine.balancing import Balancing
 from poise.engine.batch import Row
-from poise.engine.blueprint import Blueprint, Options, draw_up
+from poise.engine.blueprint import Options, draw_up
 from poise.engine.first_placement import contiguous_for, curves_of, device_of, digest_of, opened, placed_by_speed
-from poise.engine.footprint import peak_resident_bytes, return_freed_memory
+from poise.engine.footprint import return_freed_memory
 from poise.engine.loop import Listeners, Loop, OnProgress
 from poise.engine.parallel_call import Call, as_text, from_text
 from poise.engine.parallel_runner import Agreement, ParallelRunner
 from poise.engine.planning import SHORTEST, workload_of
 from poise.engine.probe import probe
 from poise.engine.prompts import as_list, params_for
+from poise.engine.rank_blueprint import for_ranks, shard_bytes_of
+from poise.engine.rank_device import budget_for, device_for, peak_bytes_on
 from poise.engine.rank_recorder import RankRecorder
 from poise.engine.request import Progress, Prompt, RequestOutput
 from poise.engine.sampling import SamplingParams
@@ -41,7 +42,7 @@ from poise.parallel.handshake import facts_of
 from poise.parallel.launch import Launch
 from poise.parallel.migration import Migration
 from poise.parallel.moe_layer import ExpertParallelLayers
-from poise.parallel.rank_experts import OnLoaded, RankExperts, experts_of, shard_bytes
+from poise.parallel.rank_experts import OnLoaded, RankExperts, experts_of
 from poise.parallel.routes import Copies
 from poise.parallel.timelines import RankTimeline, gather_timelines
 from poise.parallel.watch import Patience
@@ -79,6 +80,7 @@ class ParallelLLM:
         launch: Launch,
         *,
         memory: str | int = "auto",
+        device: str = "auto",
         dtype: str = "auto",
         quantize: str = "none",
         machine: Machine | str | Path | None = None,
@@ -108,7 +110,18 @@ class ParallelLLM:
         return_freed_memory()
         devices = opened(machine)
         own = device_of(devices, launch.rank)
-        asked = Options(memory=memory, dtype=dtype, groups=groups, quantize=quantize, machine=own)
+        self._device = device_for(device, launch.local_rank)
+        if self._device.type == "cuda" and quantize != "none":
+            raise UsageError("quantize 'int4' is computed on CPUs only; leave it out, or give device cpu")
+        asked = Options(
+            memory=budget_for(memory, self._device),
+            device=self._device.type,
+            dtype=dtype,
+            groups=groups,
+            quantize=quantize,
+            machine=own,
+            experts_stay=True,
+        )
         drawn = draw_up(model, asked, on_made=on_made or _nobody, waits=True)
         self._curves: RankCosts | None = None
         first = placement or contiguous_for(drawn, launch.num_ranks, redundant_slots)
@@ -116,11 +129,12 @@ class ParallelLLM:
             self._curves = curves_of(devices, drawn, launch.num_ranks)
             first = placement or placed_by_speed(first, self._curves, top_k=drawn.spec.top_k)
         self.placement = first
-        self._blueprint = _for_ranks(drawn, self.placement)
+        self._blueprint = for_ranks(drawn, self.placement)
         self._drawn = drawn
         options = {
             "dtype": drawn.dtype.dtype,
             "quantize": quantize,
+            "device": self._device.type,
             "machine": digest_of(devices),
             "redundant slots": redundant_slots,
             "balance": self._policy or "static",
@@ -128,7 +142,7 @@ class ParallelLLM:
         facts = facts_of(
             model_fingerprint(drawn.checkpoint), self.placement, version=poise.__version__, options=options
         )
-        self._group = RankGroup(launch, facts, patience=patience)
+        self._group = RankGroup(launch, facts, patience=patience, device=self._device)
         try:
             self._load(on_loaded)
         except BaseException as error:
@@ -143,7 +157,7 @@ class ParallelLLM:
         slots = (len(placement.layers) + 1) * placement.slots_per_rank
         sources_LE = drawn.layout.experts_LE
         attach(drawn.model)
-        self._blueprint = drawn = _for_ranks(self._drawn.corrected(probe(drawn.model, group.device)), placement)
+        self._blueprint = drawn = for_ranks(self._drawn.corrected(probe(drawn.model, group.device)), placement)
         self._experts = RankExperts(sources_LE, capacity=slots, convert=converter_for(drawn.model), device=group.device)
         held_L = experts_of(placement, group.rank)
         self._experts.load(
@@ -212,7 +226,7 @@ class ParallelLLM:
             "slots_per_rank": placement.slots_per_rank,
             "top_k": drawn.spec.top_k,
             "dense_bytes": drawn.spec.dense_bytes,
-            "shard_bytes": _shard_bytes(drawn, placement),
+            "shard_bytes": shard_bytes_of(drawn, placement),
             "dtype": drawn.spec.dtype,
             "dtype_reason": drawn.dtype.reason,
             "balance": "static" if self._policy is None else type(self._policy).__name__.lower(),
@@ -240,8 +254,8 @@ class ParallelLLM:
 
     @property
     def peak_bytes(self) -> int:
-        """Largest resident set of this rank's process since the model began to load."""
-        return peak_resident_bytes()
+        """Largest resident set of this rank's process since the model began to load; on a GPU, of what was taken there."""
+        return peak_bytes_on(self._device, base_bytes=self._blueprint.base_bytes)
 
     def generate(
         self,
@@ -357,29 +371,3 @@ class ParallelLLM:
 
 def _nobody(done: int, total: int) -> None:
     """Is told of a 4-bit store that is made, where rank 0 shows it."""
-
-
-def _shard_bytes(drawn: Blueprint, placement: Placement) -> int:
-    """With the spare slots of one layer, into which experts move."""
-    return shard_bytes(drawn.layout.experts_LE, placement, spare_slots=placement.slots_per_rank)
-
-
-def _for_ranks(drawn: Blueprint, placement: Placement) -> Blueprint:
-    """The same with what a rank takes: all dense weights in memory, its experts, and the tokens that others may send it.
-
-    In the worst case all ranks' tokens come to one of them; activations are planned for that.
-    """
-    drawn = replace(drawn, layout=drawn.layout.unpacked())
-    pipeline = drawn.pipeline
-    local = min(drawn.spec.top_k, placement.slots_per_rank)
-    planned = replace(
-        pipeline,
-        spec=replace(pipeline.spec, experts_L=(placement.slots_per_rank,) * len(placement.layers)),
-        activation=replace(pipeline.activation, top_k=pipeline.activation.top_k + placement.ranks * (local + 6)),
-        dense=pipeline.dense[:1],
-        slot_bytes=1,  # experts count as scratch: they are there, whatever is planned
-        scratch_bytes=pipeline.scratch_bytes + _shard_bytes(drawn, placement),
-        max_slots=None,
-        may_move_cache=(False,),
-    )
-    return replace(drawn, pipeline=planned)

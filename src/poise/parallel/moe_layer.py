@@ -206,7 +206,12 @@ class ExpertParallelLayers:
             top_k_index_TK=experts_MK[:, :most],
             top_k_weights_TK=received.weights_MK.gather(1, place_MK)[:, :most],
         )
+        if received.hidden_MH.is_cuda:
+            torch.cuda.synchronize(received.hidden_MH.device)  # times are of what is computed, not of what is queued
+            began_s = perf_counter()
         (partial_MH,) = run_experts(_InTurn(held, active), [entry], [None], layer=layer, timeline=self.timeline)
+        if partial_MH.is_cuda:
+            torch.cuda.synchronize(partial_MH.device)
         return Computed(partial_MH, int(counts_E.sum()), len(active), perf_counter() - began_s)
 
 
