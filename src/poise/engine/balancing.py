@@ -28,6 +28,7 @@ from poise.units import format_s
 
 logger = logging.getLogger(__name__)
 
+_SLICE_S = 0.2
 _REHEARSED = 4
 """Windows that make a policy go through all it does."""
 
@@ -75,11 +76,23 @@ class Balancing:
         layers.counts_LE = np.zeros((len(layers.copies_L), migration.placement.num_experts), dtype=np.int64)
         self._planner: Planner = policy.start(curves)
         """On rank 0 only it is ever asked."""
+        self._rehearsal: Future[None] | None = None
         if group.is_first:
-            self._thread.submit(_rehearse, policy.start(curves), _any_window(migration.placement))
+            self._rehearsal = self._thread.submit(_rehearse, policy.start(curves), _any_window(migration.placement))
         self._history: list[Rebalanced] = []
         self.figures: list[WindowFigures] = []
         """Of all windows, on all ranks alike."""
+
+    def get_ready(self) -> None:
+        """Returns when the policy's loops are compiled, which would slow the first passes down. It takes long the first time on
+        a machine. Raises RankLostError when a rank is lost meanwhile."""
+        while self._rehearsal is not None:
+            try:
+                self._rehearsal.result(timeout=_SLICE_S)
+            except TimeoutError:
+                self._group.check()
+            else:
+                self._rehearsal = None
 
     @property
     def history(self) -> list[Rebalanced]:

@@ -187,6 +187,7 @@ class ParallelLLM:
         )
         if self._policy is not None:
             self._balancing = Balancing(group, layers, self._migration, self._policy, curves=self._curves)
+            self._balancing.get_ready()
         group.meet("loaded")
 
     @property

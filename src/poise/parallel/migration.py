@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from time import perf_counter
+from time import perf_counter, sleep
 
 import torch
 
@@ -21,6 +21,7 @@ from poise.spec.placement import Placement
 from poise.spec.timeline import MIGRATION, Timeline
 from poise.units import MIB
 
+_POLL_S = 2e-3
 MOST_TRIED_BYTES = 4 * MIB
 """That the time of a move is measured with."""
 
@@ -131,6 +132,7 @@ class Migration:
         while not self.is_idle:
             arrived_R = self._group.all_gather(torch.tensor([self.arrived], device=self._group.device))
             self.switch(int(arrived_R.min()))
+            sleep(_POLL_S)
 
     def close(self) -> None:
         """Ends the thread; a transfer that waits for a rank ends with the process group."""
