@@ -70,6 +70,17 @@ def best_s(ranks: NumberRanks) -> float:
     return ranks_then.step_s()
 
 
+def test_of_two_ranks_the_one_that_became_slow_is_named() -> None:
+    def slow_down(ranks: NumberRanks) -> None:
+        ranks.speed_R = np.array([1.0, 0.5])
+
+    ranks = NumberRanks(seed=0, speed_R=np.ones(2), slots=18)
+    change = carry_out(ranks, planner(), 40, {20: slow_down})[-1]
+    assert 20 < change.window <= 25
+    assert "rank 1 computes at 0." in change.proposal.reason
+    assert change.after_s < 0.9 * change.before_s
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_changes_while_a_first_profile_is_learnt_is_noticed(seed: int) -> None:
     def slow_down(ranks: NumberRanks) -> None:

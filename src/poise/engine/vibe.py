@@ -122,7 +122,7 @@ class VibePlanner:
         if not speed.drifted:
             return None
         _keep_last(self._paces, self._policy.speed.windows)
-        apart_R = speed.factor_R / np.median(speed.factor_R)
+        apart_R = speed.factor_R / (np.median(speed.factor_R) if window.num_ranks > 2 else 1.0)
         rank = int(np.argmax(np.abs(np.log(apart_R))))
         return f"rank {rank} computes at {apart_R[rank]:.2f} of its former speed"
 
