@@ -48,7 +48,7 @@ def test_4_bit_experts_give_what_one_process_gives_with_them_and_move(
 ) -> None:
     """The ranks make the store: one of them, while the others wait."""
     path, prompts, cache = checkpoint("mixtral"), draw_prompts((5, 17, 9)), tmp_path / "cache"
-    options = {"quantize": "int4", "policy": Rotate()}
+    options = {"quantize": "int4", "policy": Rotate(), "redundant_slots": 0}
     results = start_ranks(generate, 2, tmp_path / "ranks", path, prompts, cache, options).results(within_s=120)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     with LLM(path, memory="2GiB", quantize="int4") as llm:
@@ -94,15 +94,15 @@ def test_vibe_starts_from_the_speeds_of_a_machine(
     checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
 ) -> None:
     path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 17, 9))
-    unequal = machine(Shape(hidden=64, intermediate=32, dtype="float32"), 1.0, 0.4)
+    unequal = machine(Shape(hidden=64, intermediate=32, dtype="float32"), 1.0, 0.4, 1.0, 1.0)
     options = {"machine": unequal, "policy": Vibe()}
-    results = start_ranks(generate, 2, tmp_path, path, prompts, tmp_path, options).results(within_s=120)
+    results = start_ranks(generate, 4, tmp_path, path, prompts, tmp_path, options).results(within_s=120)
     assert results[0]["tokens"] == [expected(reference(path), prompt, 20) for prompt in prompts]
     first_LS = results[0]["first_LS"]
     np.testing.assert_array_equal(first_LS, results[1]["first_LS"])
     share_E = 1.0 / np.bincount(first_LS[0], minlength=8)
-    fast, slow = (sum(share_E[expert] for expert in half) for half in (first_LS[0][:6], first_LS[0][6:]))
-    assert fast > 1.3 * slow, "half of the experts each, and copies where they relieve the slow rank"
+    load_R = share_E[first_LS[0]].reshape(4, -1).sum(axis=1)
+    assert load_R[1] < 0.8 * np.delete(load_R, 1).min(), "the slow rank's experts have copies elsewhere"
 
 
 def open_with(launch: Launch, path: Path, devices_R: list[Machine]) -> None:
@@ -114,11 +114,11 @@ def test_machines_that_do_not_fit_are_refused_in_one_line(checkpoint: MakeCheckp
     one, other = machine(shape, 1.0, 0.5), machine(shape, 1.0, 0.6)
     strange = machine(Shape(hidden=64, intermediate=33, dtype="float32"), 1.0)
     for devices_R, message in (
-        ([one, other], "give every rank the same options"),
+        ([one, other], "rank 1 has machine"),
         ([strange, strange], "has no expert curve for"),
         ([machine(shape, 1.0, 1.0, 1.0)] * 2, "2 ranks on a machine of 3 devices"),
     ):
-        directory = tmp_path / message[:5].strip()
+        directory = tmp_path / message.split()[-1]
         ranks = start_ranks(open_with, 2, directory, checkpoint("qwen3_moe"), devices_R)
         assert ranks.wait() == [2, 2]
         (line,) = [line for line in ranks.output(0).splitlines() if line.startswith("error: ")]

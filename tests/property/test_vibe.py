@@ -19,7 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "tokens come alike": {"alike": 4, "scatter": 0.3, "wander": 0.08},
     "ranks that wander": {"wander": 0.15},
 }
-SEEDS = range(6)
+SEEDS = range(4)
 
 
 def planner(policy: Vibe | None = None) -> Planner:

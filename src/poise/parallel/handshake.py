@@ -40,8 +40,8 @@ def facts_of(fingerprint: str, placement: Placement, *, version: str, options: M
         "poise": version,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "placement": hashlib.sha256(json.dumps(placement.to_json()).encode()).hexdigest()[:12],
         **{name: str(value) for name, value in options.items()},
+        "placement": hashlib.sha256(json.dumps(placement.to_json()).encode()).hexdigest()[:12],
     }
 
 
