@@ -11,22 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from poise.plan.changes import repair_layers
-from poise.plan.cost_table import cost_table
-from poise.plan.layer_state import Limits
+from poise.plan.anew import table_for
 from poise.plan.moves import keep_slots
 from poise.plan.observed_costs import Observed, observe
 from poise.plan.placement import place_on, predict_s_LR
 from poise.plan.placement_request import PlacementRequest
 from poise.plan.rank_costs import Floats, Ints, RankCosts
 from poise.plan.rebalance import Window
+from poise.plan.repair import CLOSE_FRAC, repair
 from poise.plan.slowest import expected_slowest_s_L
 
-CLOSE_FRAC = 0.01
-"""A layer this close to a new placement is not changed further."""
 TAIL_FRAC = 0.2
 """The last changes of a layer gain less for each move than the first; below this share of it they are not made."""
-MOST_CHANGES = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -137,19 +133,19 @@ def _few_moves(profile: Profile, seen: Observed, noise_L: Floats, least_gain_s: 
     window, load_LE, current_LS = profile.paces[-1], profile.mean_load_LE, profile.current_LS
     request = PlacementRequest(load_LE=load_LE, num_ranks=window.num_ranks, slots_per_rank=window.slots_per_rank)
     goal_s_L = place_on(request, seen.costs, expert_bytes=1).predicted_s_L
-    most_alike = -(-window.slots_per_rank // request.num_experts)
-    changes_LC5, seconds_LC, counts_L = repair_layers(
+    repaired = repair(
         load_LE,
         np.zeros(load_LE.shape, dtype=np.int64),
         current_LS,
-        cost_table(seen.costs, max_tokens=float(load_LE.sum(axis=1).max()), max_active=window.slots_per_rank),
-        Limits(slots_per_rank=window.slots_per_rank, ranks_per_node=window.num_ranks, most_alike=most_alike),
-        goal_s_L * (1.0 + np.maximum(CLOSE_FRAC, noise_L)),
-        MOST_CHANGES,
+        table_for(load_LE, seen.costs, request),
+        request.limits,
+        goal_s_L=goal_s_L * (1.0 + np.maximum(CLOSE_FRAC, noise_L)),
+        least_gain_frac=0.0,
     )
+    changes_LC5, seconds_LC = repaired.changes_LC5, repaired.seconds_LC
     runs_per_step = sum(each.runs for each in profile.loads) / sum(each.steps for each in profile.loads)
     chosen_LS = current_LS.copy()
-    for layer, count in enumerate(counts_L):
+    for layer, count in enumerate(repaired.counts_L):
         kept = _worthwhile(changes_LC5[layer, :count, 4], seconds_LC[layer, : count + 1], least_gain_s / runs_per_step)
         for slot, expert, other_slot, other_expert, _ in changes_LC5[layer, :kept]:
             chosen_LS[layer, slot] = expert
