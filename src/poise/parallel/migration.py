@@ -22,6 +22,8 @@ from poise.spec.timeline import MIGRATION, Timeline
 from poise.units import MIB
 
 _POLL_S = 2e-3
+APART_S, MOST_APART = 0.5, 40
+"""Further patience for each transfer that comes before one."""
 MOST_TRIED_BYTES = 4 * MIB
 """That the time of a move is measured with."""
 
@@ -46,7 +48,7 @@ class Migration:
         """Gets a span for each layer that changes."""
         self._received, self._received_s = 0, 0.0
         self._waiting: tuple[Arrival, int, float] | None = None
-        """A transfer under way, of which layer, since when."""
+        """A transfer under way, of which layer, by when it must be done."""
         self._expected_s = _sending_s(group, experts.slot_bytes)
         self._error: Exception | None = None
         self._has_changed = threading.Condition()
@@ -80,7 +82,7 @@ class Migration:
             raise self._group.explain(error) from None
         if error is not None:
             raise error
-        if waiting is not None and perf_counter() - waiting[2] > self._group.behind_s:
+        if waiting is not None and perf_counter() > waiting[2]:
             arrival, layer, _ = waiting
             self._group.end_all(
                 f"expert {arrival.expert} of MoE layer {layer} does not come from rank {arrival.from_rank} to rank "
@@ -184,11 +186,14 @@ class Migration:
     def _bring(self, change: LayerChange, runs: dict[int, torch.Tensor]) -> None:
         """This rank's part of the change's transfers, in the order that all ranks keep."""
         from_disk = []
-        for arrival in change.arrivals:
+        earlier = sum(len(other.arrivals) for other in self._changes[self._switched : self._arrived])
+        for place, arrival in enumerate(change.arrivals, start=earlier):
             key = (change.layer, arrival.expert)
             if self._rank not in (arrival.to_rank, arrival.from_rank):
                 continue
-            self._waiting = (arrival, change.layer, perf_counter())
+            # Of ranks that wait for each other the one at the earliest transfer speaks first: it knows who keeps all waiting.
+            by_s = perf_counter() + self._group.behind_s + APART_S * min(place, MOST_APART)
+            self._waiting = (arrival, change.layer, by_s)
             if arrival.to_rank != self._rank:
                 self._channel.send(self._experts.run(key), arrival.to_rank)
             elif arrival.from_rank is None:
