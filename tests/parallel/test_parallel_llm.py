@@ -95,7 +95,12 @@ def test_more_ranks_than_requests(
 
 
 def generate_balanced(
-    launch: Launch, path: Path, prompts: list[list[int]], policy: Rebalance, slow_rank: int | None = None
+    launch: Launch,
+    path: Path,
+    prompts: list[list[int]],
+    policy: Rebalance,
+    slow_rank: int | None = None,
+    tokens: int = 40,
 ) -> dict[str, Any]:
     """``slow_rank`` takes 3 ms longer for each expert."""
     with ParallelLLM(path, launch, memory="2GiB", patience=PATIENT, policy=policy) as llm:
@@ -108,7 +113,7 @@ def generate_balanced(
         if launch.rank > 0:
             llm.follow()
             return {"history": balancing.history, "figures": balancing.figures}
-        params = SamplingParams(max_tokens=40, ignore_eos=True)
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
         made = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
         return {
             "tokens": [list(each.outputs[0].token_ids) for each in made],
@@ -153,17 +158,16 @@ def test_vibe_relieves_a_slow_rank_while_tokens_are_generated_and_they_stay_the_
     checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
 ) -> None:
     path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 9, 3, 7, 4, 6, 8, 5, 9, 3, 7, 4))
-    results = start_ranks(generate_balanced, 4, tmp_path, path, prompts, Vibe(interval=4), 2).results(within_s=120)
-    assert results[0]["tokens"] == [expected(reference(path), prompt, 40) for prompt in prompts]
-    (change, *later) = results[0]["history"]
+    results = start_ranks(generate_balanced, 4, tmp_path, path, prompts, Vibe(interval=2), 2, 60).results(within_s=120)
+    assert results[0]["tokens"] == [expected(reference(path), prompt, 60) for prompt in prompts]
+    change = results[0]["history"][0]
     assert change.moved_experts > 0
     assert change.gain_frac > 0.03
-    assert not later, "it moves once"
     assert "because a first profile is there" in results[0]["table"][0]
     figures = results[0]["figures"]
     before, after = (
         [each for each in figures if condition(each.last_pass)]
-        for condition in (lambda last: last <= change.at_pass, lambda last: last > change.at_pass + 8)
+        for condition in (lambda last: last <= change.at_pass, lambda last: last > 50)
     )
     slow_s, relieved_s = (np.median([each.expert_s_R[2] for each in some]) for some in (before, after))
     assert relieved_s < 0.9 * slow_s
