@@ -21,12 +21,18 @@ def test_a_timeline_is_written_whole_and_its_bubbles_are_named(tmp_path: Path) -
         "--max-tokens",
         "4",
         "--memory",
-        "150MiB",
+        "100MiB",
         "--timeline",
         str(file),
     ]
     run = subprocess.run([sys.executable, "-m", "poise", *arguments], capture_output=True, text=True, check=True)
-    events = json.loads(file.read_text())["traceEvents"]
+    trace = json.loads(file.read_text())
+    events, facts = trace["traceEvents"], trace["otherData"]
+    assert facts["generated_tokens"] == 4
+    for phase in ("prefill", "decode"):
+        ahead = facts[f"{phase}_ahead"]
+        assert 0 < ahead["hottest"] <= ahead["used"] <= ahead["named"]
+        assert f"read ahead in {phase}: {ahead['named']:,} experts, {ahead['used_frac']:.0%} used" in run.stderr
     assert {"attention", "expert", "read"} <= {event["name"] for event in events}
     assert f"timeline in {file}" in run.stderr
     assert "disk busy" in run.stderr

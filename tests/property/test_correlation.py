@@ -52,7 +52,8 @@ def test_votes_are_expectations_and_chances_are_chances(
     before_TK = routing(np.random.default_rng(seed), tokens, experts, top_k)[0]
     for layer in range(LAYERS):
         chances_TE = table.chances_TE(layer, before_TK)
-        votes_E, used_E = table.predict(layer, before_TK), table.used_probability_E(layer, before_TK)
+        used_E, votes_E = table.foresee(layer, before_TK)
+        assert np.array_equal(votes_E, table.predict(layer, before_TK))
         assert chances_TE.shape == (tokens, experts)
         assert ((chances_TE >= 0) & (chances_TE < 1)).all()
         assert (chances_TE.sum(axis=1) <= top_k + 1e-3).all()
@@ -100,7 +101,7 @@ def test_it_learns_what_follows_what() -> None:
         table.observe(1, (chosen + 1) % 8, chosen)
     for expert in range(8):
         assert table.top(1, np.array([[expert]]), 1).tolist() == [(expert + 1) % 8]
-        assert table.used_probability_E(1, np.array([[expert]]))[(expert + 1) % 8] > 0.8
+        assert table.foresee(1, np.array([[expert]]))[0][(expert + 1) % 8] > 0.8
     assert table.predict(0, np.zeros((16, 1), np.int64)) == pytest.approx(np.full(8, 2.0), rel=0.01)
 
 

@@ -10,11 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poise.plan.expert_reads import Holdings, Idle, NextRead, next_read
-from poise.plan.outlook import Outlook
-from poise.plan.residency import Key
+from poise.plan.outlook import Foreseen, Outlook
+from poise.plan.residency import Floats, Key
 from poise.plan.schedule import ExpertOrder, Policy, ReadAhead
 
 ABSENT, COMING, IDLE, BUSY, WAITING = range(5)
+
+
+def foreseen_of(chance_E: Floats) -> Foreseen:
+    """As many tokens as are needed for the chance, if each came alone."""
+    return Foreseen(chance_E=chance_E, tokens_E=-np.log1p(-np.minimum(chance_E, 0.999)))
 
 
 @st.composite
@@ -30,7 +35,8 @@ def situations(draw: st.DrawFn) -> tuple[Policy, Outlook, Holdings, Key | None]:
     outlook.enter(outlook.layer)  # distances follow the chances
     outlook.used.update(draw(st.sets(st.integers(0, experts - 1))))
     if draw(st.booleans()):
-        outlook.foresee(outlook.following, np.array(draw(st.lists(chance, min_size=experts, max_size=experts))))
+        chances = np.array(draw(st.lists(chance, min_size=experts, max_size=experts)))
+        outlook.foresee(outlook.following, foreseen_of(chances))
     state = np.array(draw(st.lists(st.integers(0, 4), min_size=layers * experts, max_size=layers * experts)))
     state_LE = state.reshape(layers, experts)
     state_LE[np.arange(layers) != outlook.layer] = np.minimum(state_LE[np.arange(layers) != outlook.layer], IDLE)
@@ -109,8 +115,10 @@ def test_a_guess_is_what_the_policy_allows_and_displaces_only_what_is_needed_lat
         assert layer == outlook.following
     elif policy.read_ahead == "foreseen" and outlook.has_foresight:
         assert layer == outlook.following
-        assert outlook.foreseen_E is not None
-        assert outlook.foreseen_E[expert] > 0.5
+        assert outlook.foreseen is not None
+        assert outlook.foreseen.chance_E[expert] > 0.5
+        likely_E = holdings.absent_LE[layer] & (outlook.foreseen.chance_E > 0.5)
+        assert outlook.foreseen.tokens_E[expert] == outlook.foreseen.tokens_E[likely_E].max()
     else:
         assert layer != outlook.layer
         assert outlook.probability_LE[found.key] > 0.5
@@ -144,7 +152,7 @@ def test_what_each_policy_reads_ahead_at_the_first_of_two_layers(policy: Policy,
     outlook.enter(0)
     outlook.used.add(0)
     if policy.read_ahead == "foreseen":
-        outlook.foresee(1, np.array([0.2, 0.9, 0.3]))
+        outlook.foresee(1, foreseen_of(np.array([0.2, 0.9, 0.3])))
     found = next_read(policy, outlook, holdings_of([[True] * 3, [True] * 3]), None)
     assert (found if isinstance(found, Idle) else found.key) == want
 
@@ -159,7 +167,7 @@ def test_each_reason_for_an_idle_disk_has_its_name() -> None:
     assert next_read(hot, outlook, holdings_of([[True, True], [False, False]]), None) is Idle.ALL_THERE
     assert next_read(hot, outlook, holdings_of(absent, num_free=0), (0, 1)) is Idle.SLOTS_IN_USE
     assert next_read(Policy(read_ahead="likely"), outlook, holdings_of(absent), None) is Idle.UNLIKELY
-    outlook.foresee(1, np.array([0.9, 0.1]))
+    outlook.foresee(1, foreseen_of(np.array([0.9, 0.1])))
     foreseen = Policy()
     near = holdings_of([[True, True], [True, False]], idle=[(1, 1)], num_free=0)
     outlook.distance_LE[1] = [5.0, 1.0]

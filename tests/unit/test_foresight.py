@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from poise.offload.expert_store import ExpertStore
+from poise.plan.outlook import Foreseen
 from poise.plan.residency import distance_with_foresight_LE, expected_distance_LE
+from poise.predict.hits import Hits
 from tests.conftest import MakeCheckpoint, open_layout, open_store
 
 EXPERTS = 8
@@ -24,10 +26,12 @@ def store(checkpoint: MakeCheckpoint) -> Iterator[ExpertStore]:
     opened.close()
 
 
-def likely(*experts: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    chance_E = np.full(EXPERTS, 0.1, dtype=np.float32)
+def likely(*experts: int) -> Foreseen:
+    """These experts are likely, and the first of them gets most tokens."""
+    chance_E, tokens_E = np.full(EXPERTS, 0.1), np.full(EXPERTS, 0.1)
     chance_E[list(experts)] = 0.9
-    return chance_E
+    tokens_E[list(experts)] = range(len(experts) + 1, 1, -1)
+    return Foreseen(chance_E=chance_E, tokens_E=tokens_E)
 
 
 def take(store: ExpertStore, count: int) -> None:
@@ -51,8 +55,10 @@ def test_what_is_foreseen_is_read_ahead_and_then_hit(store: ExpertStore) -> None
     take(store, 2)
     assert read_ahead(store, 2) == 2
     store.request(1, [5, 6, 7])
+    store.judge(1, np.array([[5, 7]] * 3 + [[6, 7]]))
     take(store, 3)
-    assert (store.counters.hits, store.counters.prefetched_used) == (2, 2)
+    assert store.counters.hits == 2
+    assert store.counters.ahead == Hits(named=2, used=2, hottest=1.0), "7 was hotter than 6"
 
 
 def test_a_foresight_that_fails_costs_reads_and_nothing_else(store: ExpertStore) -> None:
@@ -61,8 +67,10 @@ def test_a_foresight_that_fails_costs_reads_and_nothing_else(store: ExpertStore)
     take(store, 1)
     assert read_ahead(store, 1) == 1
     store.request(1, [1, 2])
+    store.judge(1, np.array([[1, 2]]))
     take(store, 2)
-    assert (store.counters.misses, store.counters.reads, store.counters.prefetched_used) == (3, 4, 0)
+    assert (store.counters.misses, store.counters.reads) == (3, 4)
+    assert store.counters.ahead == Hits(named=1, used=0, hottest=0.0)
 
 
 def test_foresight_ends_with_its_layer_and_with_an_aborted_pass(store: ExpertStore) -> None:

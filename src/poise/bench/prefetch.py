@@ -30,6 +30,7 @@ from poise.engine.prefetcher import MAX_LEARNT
 from poise.plan.outlook import PROBABILITY_WEIGHT
 from poise.plan.residency import updated_probability_E
 from poise.predict.correlation import CorrelationTable, sampled
+from poise.predict.hits import hits_in_passes
 
 NAME = "prefetch"
 TOKENS_PER_PASS = (1, 4, 16, 64, 256)
@@ -183,13 +184,8 @@ def _scores_PLE(guess: Guess, passes_PLTK: Sequence[Ints]) -> Scores:
 
 def _shares(scores_PE: Scores, counts_PE: Ints, named: int) -> tuple[float, float]:
     """(used, hottest) shares of the ``named`` experts with the highest scores."""
-    chosen_PK = np.argsort(-scores_PE, axis=1, kind="stable")[:, :named]
-    counts_PK = np.take_along_axis(counts_PE, chosen_PK, axis=1)
-    last_P1 = -np.sort(-counts_PE, axis=1)[:, named - 1 : named]
-    above_P1 = (counts_PE > last_P1).sum(axis=1, keepdims=True)
-    tied_P1 = (counts_PE == last_P1).sum(axis=1, keepdims=True)
-    hot_PK = np.where(counts_PK > last_P1, 1.0, np.where(counts_PK == last_P1, (named - above_P1) / tied_P1, 0.0))
-    return float((counts_PK > 0).mean()), float((hot_PK * (counts_PK > 0)).mean())
+    found = hits_in_passes(counts_PE, np.argsort(-scores_PE, axis=1, kind="stable")[:, :named])
+    return found.used / found.named, found.hottest / found.named
 
 
 def layer_cost_s(num_experts: int, top_k: int, repeats: int = 50) -> float:
@@ -200,7 +196,7 @@ def layer_cost_s(num_experts: int, top_k: int, repeats: int = 50) -> float:
     for _ in range(repeats):
         before_TK, after_TK = (np.argsort(rng.random((COST_TOKENS, num_experts)), axis=1)[:, :top_k] for _ in range(2))
         began = time.perf_counter()
-        table.used_probability_E(1, before_TK)
+        table.foresee(1, before_TK)
         table.observe(1, sampled(after_TK, MAX_LEARNT), sampled(before_TK, MAX_LEARNT))
         times_s.append(time.perf_counter() - began)
     return float(np.median(times_s[repeats // 5 :]))

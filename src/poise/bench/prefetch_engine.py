@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -32,8 +33,8 @@ from poise.engine.llm import LLM
 from poise.engine.request import Progress
 from poise.engine.sampling import SamplingParams
 from poise.model.widen import widen_checkpoint
-from poise.offload.expert_store import StoreCounters
 from poise.plan.schedule import Policy
+from poise.predict.hits import Hits
 
 NAME = "prefetch-engine"
 FACTOR = 64
@@ -52,11 +53,16 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 48
 ROUNDS = 3
 TEMPERATURE = 0.9
+COUNTED = ("misses", "reads", "prefetched")
+"""Of the store's counters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """One policy in one condition; medians over the rounds. A miss was not in memory when it was asked for."""
+    """One policy in one condition; medians over the rounds. A miss was not in memory when it was asked for.
+
+    ``ahead_used_frac``, ``ahead_hottest_frac``: of all rounds' decode passes, see ``predict.hits``; None: none was read.
+    """
 
     sequences: int
     policy: str
@@ -64,7 +70,8 @@ class Outcome:
     misses_per_pass: float
     reads_per_pass: float
     prefetched_per_pass: float
-    prefetched_used_per_pass: float
+    ahead_used_frac: float | None
+    ahead_hottest_frac: float | None
     cpu_s_per_pass: float
     tokens_per_s: tuple[float, ...]
 
@@ -129,6 +136,7 @@ class Run:
 
     passes: int
     counters: Mapping[str, int]
+    ahead: Hits
     cpu_s: float
     tokens_per_s: float
 
@@ -136,7 +144,7 @@ class Run:
 def _generate(llm: LLM, prompts: Sequence[Sequence[int]]) -> tuple[Run, tuple[tuple[int, ...], ...]]:
     """(what it took, the tokens)."""
     passes: list[Progress] = []
-    before = StoreCounters(**asdict(llm.runner.store.counters))
+    before = copy(llm.runner.store.counters)
     began_s = time.process_time()
     results = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
@@ -146,11 +154,12 @@ def _generate(llm: LLM, prompts: Sequence[Sequence[int]]) -> tuple[Run, tuple[tu
         ],
         on_progress=passes.append,
     )
-    after = asdict(llm.runner.store.counters)
-    counters = {name: after[name] - value for name, value in asdict(before).items()}
+    after = llm.runner.store.counters
+    counters = {name: getattr(after, name) - getattr(before, name) for name in COUNTED}
     made = Run(
         passes=len(passes),
         counters=counters,
+        ahead=passes[-1].decode_ahead,
         cpu_s=time.process_time() - began_s,
         tokens_per_s=passes[-1].generated_tokens_per_s,
     )
@@ -161,6 +170,7 @@ def _outcome(policy: Policy, planned: int, sequences: int, runs: Sequence[Run]) 
     def per_pass(name: str) -> float:
         return statistics.median(one.counters[name] / one.passes for one in runs)
 
+    ahead = sum((one.ahead for one in runs), Hits())
     return Outcome(
         sequences=sequences,
         policy=policy.read_ahead,
@@ -168,7 +178,8 @@ def _outcome(policy: Policy, planned: int, sequences: int, runs: Sequence[Run]) 
         misses_per_pass=per_pass("misses"),
         reads_per_pass=per_pass("reads"),
         prefetched_per_pass=per_pass("prefetched"),
-        prefetched_used_per_pass=per_pass("prefetched_used"),
+        ahead_used_frac=ahead.used_frac,
+        ahead_hottest_frac=ahead.hottest_frac,
         cpu_s_per_pass=statistics.median(one.cpu_s / one.passes for one in runs),
         tokens_per_s=tuple(one.tokens_per_s for one in runs),
     )
@@ -181,7 +192,7 @@ def _bar() -> Bar:
 def _print_table(outcomes: Sequence[Outcome]) -> None:
     title = f"Reading ahead, {SLOTS} of {LAYERS * EXPERTS} experts in memory; per pass"
     table = Table(title=title, title_justify="left")
-    for column in ("rows", "policy", "at most", "misses", "reads", "ahead", "used", "CPU ms", "tokens/s"):
+    for column in ("rows", "policy", "at most", "misses", "reads", "ahead", "used", "hottest", "CPU ms", "tokens/s"):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     for place, one in enumerate(outcomes, start=1):
         table.add_row(
@@ -191,7 +202,8 @@ def _print_table(outcomes: Sequence[Outcome]) -> None:
             f"{one.misses_per_pass:.1f}",
             f"{one.reads_per_pass:.1f}",
             f"{one.prefetched_per_pass:.1f}",
-            f"{one.prefetched_used_per_pass:.1f}",
+            "" if one.ahead_used_frac is None else f"{one.ahead_used_frac:.0%}",
+            "" if one.ahead_hottest_frac is None else f"{one.ahead_hottest_frac:.0%}",
             f"{one.cpu_s_per_pass * 1e3:.0f}",
             f"{statistics.median(one.tokens_per_s):.1f}",
             end_section=place % len(POLICIES) == 0,

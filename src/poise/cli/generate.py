@@ -193,10 +193,13 @@ def _generate(
         finally:
             view.end()
         say(_summary(stats))
+        for phase, ahead in (("prefill", stats["prefill_ahead"]), ("decode", stats["decode_ahead"])):
+            if ahead["named"]:
+                say(_guesses(phase, ahead))
         for line in closing:
             say(line)
         if timeline is not None and options.timeline is not None:
-            _write_timeline(options.timeline, timeline)
+            _write_timeline(options.timeline, timeline, stats)
     if options.json_output:
         _print_json(list(file.lines()) if file is not None else view.held(), stats, plan)
 
@@ -242,9 +245,9 @@ def _save_table(options: GenerateOptions, llm: LLM, view: _View) -> None:
         say(f"correlation table in {options.save_table}")
 
 
-def _write_timeline(path: Path, timeline: Timeline) -> None:
-    """Writes the file and says where the time went, bubbles by name."""
-    write_chrome_trace(path, chrome_trace(timeline.spans))
+def _write_timeline(path: Path, timeline: Timeline, stats: Mapping[str, Any]) -> None:
+    """Writes the file, with what the run took, and says where the time went, bubbles by name."""
+    write_chrome_trace(path, chrome_trace(timeline.spans, stats))
     shares = time_shares(timeline.spans)
     parts = {**shares.compute_s, "disk busy": shares.disk_busy_s, **shares.bubbles_s}
     say(", ".join(f"{name} {format_s(seconds)}" for name, seconds in parts.items()))
@@ -359,7 +362,8 @@ def _stats(llm: LLM | ParallelLLM) -> dict[str, Any]:
 
 def _measured(progress: Progress) -> dict[str, Any]:
     rates = {"generated_tokens_per_s": progress.generated_tokens_per_s, "hit_frac": progress.hit_frac}
-    return {**asdict(progress), **rates}
+    ahead = {"prefill_ahead": progress.prefill_ahead.as_json(), "decode_ahead": progress.decode_ahead.as_json()}
+    return {**asdict(progress), **ahead, **rates}
 
 
 def _rates(stats: Mapping[str, Any]) -> str:
@@ -372,6 +376,14 @@ def _summary(stats: Mapping[str, Any]) -> str:
     return (
         f"{stats['generated_tokens']} tokens in {format_s(stats['elapsed_s'])}, {_rates(stats)}, "
         f"peak memory {format_bytes(added_bytes)} of a budget of {format_bytes(stats['budget_bytes'])}"
+    )
+
+
+def _guesses(phase: str, ahead: Mapping[str, Any]) -> str:
+    """How good the choice of what was read ahead was, in the paper's terms."""
+    return (
+        f"read ahead in {phase}: {ahead['named']:,} experts, {ahead['used_frac']:.0%} used, "
+        f"{ahead['hottest_frac']:.0%} among the hottest of those to read"
     )
 
 

@@ -100,10 +100,10 @@ class Executor:
         self._store.request(step.layer, chosen_experts(parked, real_T))
 
     def _predict(self, step: Step) -> None:
-        if self._listeners:
-            chosen_TK = choices_TK(self._all_parked(step.layer), self._real)
-            for listener in self._listeners:
-                listener.on_layer(step.layer, chosen_TK)
+        chosen_TK = choices_TK(self._all_parked(step.layer), self._real)
+        self._store.judge(step.layer, chosen_TK)
+        for listener in self._listeners:
+            listener.on_layer(step.layer, chosen_TK)
 
     def _experts(self, step: Step) -> None:
         parked = self._all_parked(step.layer)

@@ -15,6 +15,7 @@ from poise.engine.runner import ForwardInputs
 from poise.model.cache import make_cache, needs_equal_rows
 from poise.offload.kv_stream import KvStream
 from poise.plan.group import GroupShape
+from poise.predict.hits import Hits
 
 OnText = Callable[[int, str], None]
 OnRow = Callable[[Row], None]
@@ -33,11 +34,12 @@ class Listeners:
 
 
 class Counters(Protocol):
-    """Experts that were in memory when asked for, those that were not, and bytes read from disk, so far."""
+    """Experts that were in memory when asked for, those that were not, bytes read from disk, experts read ahead, so far."""
 
     hits: int
     misses: int
     bytes_read: int
+    ahead: Hits
 
 
 class Counted(Protocol):
@@ -85,6 +87,7 @@ class Loop:
         self._device = device
         self._total = len(rows)
         self._finished = self._prompt_tokens = self._generated_tokens = 0
+        self._prefill_ahead = self._decode_ahead = Hits()
 
     def run(self, listeners: Listeners) -> Progress:
         """Until every row has finished. Returns the final progress."""
@@ -94,7 +97,7 @@ class Loop:
         progress = self._progress(began, hits, misses, bytes_read)
         while self._queue or self._live:
             self._admit()
-            logits = self._runner.run([batch.inputs() for batch in self._live])
+            logits = self._run_pass(counters)
             for batch, logits_BTV in zip(list(self._live), logits, strict=True):
                 self._advance(batch, logits_BTV[:, -1] if batch.yields_tokens else None, listeners)
             self._forget_finished()
@@ -102,6 +105,15 @@ class Loop:
             if listeners.on_progress is not None:
                 listeners.on_progress(progress)
         return progress
+
+    def _run_pass(self, counters: Counters) -> list[torch.Tensor]:
+        is_prefill, ahead = any(batch.prefill_tokens for batch in self._live), counters.ahead
+        logits = self._runner.run([batch.inputs() for batch in self._live])
+        if is_prefill:
+            self._prefill_ahead += counters.ahead - ahead
+        else:
+            self._decode_ahead += counters.ahead - ahead
+        return logits
 
     def _admit(self) -> None:
         """Queued prompts become new batches, whole batches at a time unless the queue ends or nothing runs."""
@@ -168,4 +180,6 @@ class Loop:
             expert_hits=counters.hits - hits,
             expert_misses=counters.misses - misses,
             elapsed_s=time.monotonic() - began,
+            prefill_ahead=self._prefill_ahead,
+            decode_ahead=self._decode_ahead,
         )

@@ -9,6 +9,7 @@ from poise.engine.routing import Ints
 from poise.model.checkpoint import Checkpoint
 from poise.model.fingerprint import model_fingerprint
 from poise.offload.expert_store import ExpertStore
+from poise.plan.outlook import Foreseen
 from poise.plan.schedule import Policy
 from poise.predict.correlation import CorrelationTable, sampled
 from poise.spec.model_spec import ModelSpec
@@ -33,7 +34,8 @@ class Prefetcher:
         """See ``engine.routing``. Predicts first: what is learnt from this layer concerns the next pass."""
         after = (layer + 1) % self._table.num_layers
         if self._store is not None:
-            self._store.foresee(after, self._table.used_probability_E(after, chosen_TK))
+            chance_E, tokens_E = self._table.foresee(after, chosen_TK)
+            self._store.foresee(after, Foreseen(chance_E=chance_E, tokens_E=tokens_E))
         learnt_TK = sampled(chosen_TK, MAX_LEARNT)
         self._table.observe(layer, learnt_TK, self._previous_TK if layer else None)
         self._previous_TK = learnt_TK

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from poise.predict.hits import Hits
 
 Prompt = str | Mapping[str, Sequence[int]]
 """A string, or ``{"prompt_token_ids": [...]}``."""
@@ -39,7 +41,10 @@ class RequestOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """Where a call of ``generate`` stands. A hit is an expert that was in memory when its layer asked for it."""
+    """Where a call of ``generate`` stands. A hit is an expert that was in memory when its layer asked for it.
+
+    ``prefill_ahead``, ``decode_ahead``: how good the choice of experts read ahead was, in passes with prompt tokens, in others.
+    """
 
     finished: int
     total: int
@@ -49,6 +54,8 @@ class Progress:
     expert_hits: int
     expert_misses: int
     elapsed_s: float
+    prefill_ahead: Hits = field(default_factory=Hits)
+    decode_ahead: Hits = field(default_factory=Hits)
 
     @property
     def generated_tokens_per_s(self) -> float:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter_ns
 
 import numpy as np
-import numpy.typing as npt
 
 from poise.model.arena import Arena
 from poise.model.layout import ExpertSource, Weights
@@ -24,23 +23,24 @@ from poise.offload.handover import Handover
 from poise.offload.loader import Loader
 from poise.offload.slots import Slots, State
 from poise.plan.expert_reads import Holdings, Idle, NextRead, next_read
-from poise.plan.outlook import Outlook
+from poise.plan.outlook import Foreseen, Outlook
 from poise.plan.residency import Key
 from poise.plan.schedule import Policy
+from poise.predict.hits import Guesses, Hits, Ints
 from poise.spec.timeline import COMPUTE, DISK, Gaps, Timeline
 
 
 @dataclass(slots=True)
 class StoreCounters:
     """Since the store was made. A hit was in memory when its layer asked; ``prefetched`` counts reads nobody had
-    asked for, ``prefetched_used`` those of them that were asked for before they were evicted."""
+    asked for; ``ahead``: how good the choice of these was, as far as their layer has come since."""
 
     hits: int = 0
     misses: int = 0
     reads: int = 0
     prefetched: int = 0
-    prefetched_used: int = 0
     bytes_read: int = 0
+    ahead: Hits = field(default_factory=Hits)
 
 
 class ExpertStore:
@@ -66,6 +66,7 @@ class ExpertStore:
         self._absent_LE = np.array([[e < len(row) for e in range(max(map(len, sources_LE)))] for row in sources_LE])
         self._idle_LE = np.zeros_like(self._absent_LE)
         self._ahead: set[Key] = set()
+        self._guesses = Guesses()
         self._pending: deque[Key] = deque()
         self._wanted: set[Key] = set()
         self._weights: dict[Key, Weights | Packed] = {}
@@ -104,6 +105,7 @@ class ExpertStore:
             if layer != outlook.layer or (outlook.used and not self._wanted):
                 self._ahead = {key for key in self._ahead if key[0] != outlook.layer}
                 outlook.enter(layer)
+                self._guesses.enter(layer, self._absent_LE[layer])
             for expert in experts:
                 if expert not in outlook.used:
                     outlook.used.add(expert)
@@ -112,13 +114,21 @@ class ExpertStore:
                 self._pending = deque(sorted(self._pending))
             self._pump()
 
-    def foresee(self, layer: int, probability_E: npt.NDArray[np.floating]) -> None:
-        """Says how likely the pass uses each expert of ``layer``, the one after the layer whose every batch has just asked.
+    def judge(self, layer: int, chosen_TK: Ints) -> None:
+        """Every batch has asked for what it needs of ``layer``, the one at hand: counts how good was what was read ahead.
+
+        ``chosen_TK``: what the tokens of all batches chose.
+        """
+        with self._changed:
+            self.counters.ahead += self._guesses.judge(layer, chosen_TK)
+
+    def foresee(self, layer: int, foreseen: Foreseen) -> None:
+        """Says what the pass uses of ``layer``, the one after the layer whose every batch has just asked.
 
         Until that layer asks, this replaces the running chance in what is read ahead and what is evicted.
         """
         with self._changed:
-            if self._outlook.foresee(layer, probability_E):
+            if self._outlook.foresee(layer, foreseen):
                 self._pump()
 
     def take(self) -> tuple[int, Weights]:
@@ -168,6 +178,7 @@ class ExpertStore:
             for key in self._slots.keys(State.READY):
                 self._idle_LE[key] = True
             self._outlook.forget()
+            self._guesses.forget()
             self._error = None
 
     def residents(self) -> Iterator[tuple[ExpertSource, Weights | Packed]]:
@@ -193,7 +204,6 @@ class ExpertStore:
 
     def _want(self, key: Key) -> None:
         self._wanted.add(key)
-        self.counters.prefetched_used += key in self._ahead
         self._ahead.discard(key)
         self._idle_LE[key] = False
         state = self._slots.state(key)
@@ -254,6 +264,7 @@ class ExpertStore:
         if read.is_ahead:
             self.counters.prefetched += 1
             self._ahead.add(key)
+            self._guesses.add(key)
         else:
             self._pending.popleft()
         if read.evict is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,6 +18,7 @@ from poise.model.read_plan import plan_reads
 from poise.model.reader import Reader
 from poise.model.weights import Convert, Packed, check_bytes, stays_as_read, weights_in_slot
 from poise.parallel.expert_bytes import copy_weights, run_nbytes, weights_over
+from poise.predict.hits import Hits
 from poise.spec.placement import Placement
 
 Key = tuple[int, int]
@@ -29,11 +30,12 @@ READER_THREADS = 2
 
 @dataclass(slots=True)
 class ReadCounters:
-    """Since the rank began. Every expert that tokens come for is in memory, so that none is a hit or a miss."""
+    """Since the rank began. Every expert that tokens come for is in memory, so that none is a hit, a miss, or read ahead."""
 
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
+    ahead: Hits = field(default_factory=Hits)
 
 
 def experts_of(placement: Placement, rank: int) -> tuple[frozenset[int], ...]:

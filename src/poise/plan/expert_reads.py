@@ -80,7 +80,7 @@ def next_read(policy: Policy, outlook: Outlook, holdings: Holdings, asked: Key |
 
 
 def next_ahead(policy: Policy, outlook: Outlook, holdings: Holdings) -> Key | Idle:
-    """The absent expert to read unasked: of those that the policy allows, the one with the nearest expected use."""
+    """The absent expert to read unasked: of those that the policy allows, the hottest if foreseen, else the nearest."""
     if policy.read_ahead == "none" or (policy.read_ahead == "layer" and outlook.following == outlook.layer):
         return Idle.NOT_AHEAD
     if policy.read_ahead == "layer":
@@ -96,10 +96,12 @@ def next_ahead(policy: Policy, outlook: Outlook, holdings: Holdings) -> Key | Id
         return key if allowed_LE[key] else Idle.UNLIKELY
     allowed_E = holdings.absent_LE[outlook.following]
     if policy.read_ahead == "foreseen":
-        if outlook.foreseen_E is None:
+        if outlook.foreseen is None:
             return Idle.NOT_FORESEEN
-        allowed_E = allowed_E & (outlook.foreseen_E > PREFETCH_PROBABILITY)
-    nearest = int(np.where(allowed_E, outlook.distance_LE[outlook.following], np.inf).argmin())
+        allowed_E = allowed_E & (outlook.foreseen.chance_E > PREFETCH_PROBABILITY)
+    # With many tokens all chances are 1: the hottest is the one to have first, as its compute hides most reads.
+    far_E = outlook.distance_LE[outlook.following] if outlook.foreseen is None else -outlook.foreseen.tokens_E
+    nearest = int(np.where(allowed_E, far_E, np.inf).argmin())
     if allowed_E[nearest]:
         return outlook.following, nearest
     return Idle.ALL_THERE if policy.read_ahead == "hot" else Idle.UNLIKELY

@@ -7,6 +7,7 @@ passes before. Numbers only: no clock, no random state, no thread; the same even
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,16 @@ PROBABILITY_WEIGHT = 0.2
 """Weight of the newest pass in the running chance that an expert is used."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Foreseen:
+    """Of a layer's experts: the chance (0-1) that the pass uses each, and how many tokens are expected to choose it."""
+
+    chance_E: npt.NDArray[np.floating]
+    tokens_E: npt.NDArray[np.floating]
+
+
 class Outlook:
-    """``layer`` is at hand and has asked for ``used``; ``foreseen_E``: chances (0-1) of the layer ``following``, once known.
+    """``layer`` is at hand and has asked for ``used``; ``foreseen``: what is known of the layer ``following``, once it is.
 
     ``probability_LE``: the running chance that a pass uses an expert; ``distance_LE``: expected layers until its next use.
     """
@@ -28,7 +37,7 @@ class Outlook:
         self.num_layers = len(experts_L)
         self.layer = self.num_layers - 1
         self.used: set[int] = set()
-        self.foreseen_E: npt.NDArray[np.floating] | None = None
+        self.foreseen: Foreseen | None = None
         self.has_foresight = False
         there_LE = np.arange(max(experts_L)) < np.asarray(experts_L)[:, None]
         self.probability_LE = np.where(there_LE, 0.5, 0.0)
@@ -51,18 +60,18 @@ class Outlook:
         self.layer = layer
         self.forget()
 
-    def foresee(self, layer: int, chance_E: npt.NDArray[np.floating]) -> bool:
-        """Chances that the pass uses each expert of the layer after the one at hand; False where they come too late.
+    def foresee(self, layer: int, foreseen: Foreseen) -> bool:
+        """What the pass uses of the layer after the one at hand; False where it comes too late.
 
-        Until that layer asks, they replace the running chance.
+        Until that layer asks, it replaces the running chance.
         """
         self.has_foresight = True
         if layer == self.layer or not self.used:
             return False
         assert layer == self.following, f"layer {layer} is foreseen at layer {self.layer}"
-        self.foreseen_E = chance_E
+        self.foreseen = foreseen
         self.distance_LE = distance_with_foresight_LE(
-            self.distance_LE, self.layer, sorted(self.used), layer, chance_E, self.probability_LE
+            self.distance_LE, self.layer, sorted(self.used), layer, foreseen.chance_E, self.probability_LE
         )
         return True
 
@@ -73,4 +82,4 @@ class Outlook:
     def forget(self) -> None:
         """Nothing has been asked for, and nothing is foreseen."""
         self.used.clear()
-        self.foreseen_E = None
+        self.foreseen = None

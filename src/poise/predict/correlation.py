@@ -115,15 +115,16 @@ class CorrelationTable:
 
     def predict(self, layer: int, previous_TK: Ints) -> Floats:
         """Votes: the expected number of these tokens that choose each expert of ``layer``. Shape (E,)."""
-        voters_TK = sampled(previous_TK, MAX_VOTERS)
-        votes_E = self.chances_TE(layer, voters_TK).sum(axis=0)
-        return np.asarray(votes_E * np.float32(len(previous_TK) / max(1, len(voters_TK))))
+        return self.foresee(layer, previous_TK)[1]
 
-    def used_probability_E(self, layer: int, previous_TK: Ints) -> Floats:
-        """Chance that at least one of these tokens chooses each expert of ``layer``."""
+    def foresee(self, layer: int, previous_TK: Ints) -> tuple[Floats, Floats]:
+        """(chance that at least one of these tokens chooses each expert of ``layer``, votes as of ``predict``)."""
         voters_TK = sampled(previous_TK, MAX_VOTERS)
-        unused_E = np.log1p(-self.chances_TE(layer, voters_TK)).sum(axis=0)
-        return np.asarray(-np.expm1(unused_E * np.float32(len(previous_TK) / max(1, len(voters_TK)))), dtype=np.float32)
+        scale = np.float32(len(previous_TK) / max(1, len(voters_TK)))
+        chances_TE = self.chances_TE(layer, voters_TK)
+        votes_E = chances_TE.sum(axis=0) * scale
+        used_E = -np.expm1(np.log1p(-chances_TE).sum(axis=0) * scale)
+        return np.asarray(used_E, dtype=np.float32), np.asarray(votes_E, dtype=np.float32)
 
     def top(self, layer: int, previous_TK: Ints, count: int) -> Ints:
         """The ``count`` experts of ``layer`` with the most votes, most first; equal votes in order of expert."""

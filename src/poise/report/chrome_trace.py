@@ -11,9 +11,9 @@ from poise.spec.timeline import Span
 from poise.spec.whole_file import write_whole
 
 
-def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
-    """One thread per track, times in microseconds from the first span's begin."""
-    return _trace([("", spans)])
+def chrome_trace(spans: Sequence[Span], facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """One thread per track, times in microseconds from the first span's begin; ``facts`` about the run as metadata."""
+    return _trace([("", spans)]) | {"otherData": dict(facts or {})}
 
 
 def chrome_trace_of_ranks(spans_R: Sequence[Sequence[Span]]) -> dict[str, Any]:

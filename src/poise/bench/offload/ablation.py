@@ -15,7 +15,7 @@ from rich.table import Table
 
 from poise.bench.offload.case import CONFIG, reference_model, work_directory
 from poise.bench.offload.contenders import Contenders, decode_passes
-from poise.bench.offload.report import SETTING, as_json, bubbles, finish, limited, memory, shares
+from poise.bench.offload.report import SETTING, as_json, bubbles, finish, guesses, limited, memory, shares
 from poise.bench.parts import Parts, say
 
 NAME = "offload-ablation"
@@ -70,6 +70,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     for column in ("sequences", "tokens/s", "pass s", "read GB", "computing s", "disk busy s"):
         table.add_column(column, justify="right")
     table.add_column("peak/limit, added/budget GB", justify="right")
+    table.add_column("read ahead: used, hottest")
     table.add_column("bubbles a pass")
     for result in results.values():
         decode, outcome = result["decode"], result["poise"]
@@ -82,6 +83,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{decode['computing_s']:.2f}",
             f"{decode['disk_busy_s']:.2f}",
             memory(outcome),
+            guesses(outcome),
             bubbles(decode),
         )
     return table

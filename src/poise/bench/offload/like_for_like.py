@@ -16,7 +16,7 @@ from rich.table import Table
 
 from poise.bench.offload.case import Outcome, measure_reference_products, reference_model, work_directory
 from poise.bench.offload.contenders import OUT_OF_MEMORY, Contenders, decode_passes
-from poise.bench.offload.report import SETTING, as_json, bubbles, finish, limited, line, memory, shares
+from poise.bench.offload.report import SETTING, as_json, bubbles, finish, guesses, limited, line, memory, shares
 from poise.bench.parts import Parts, say
 from poise.bench.read_ahead import KERNEL_DEFAULT_KIB
 
@@ -100,6 +100,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="right")
     for column in ("Accelerate s", "ratio", "ceiling", "read / fewest GB", "peak/limit, added/budget GB"):
         table.add_column(column, justify="right")
+    table.add_column("read ahead: used, hottest")
     table.add_column("bubbles a pass")
     for result in results.values():
         decode, theirs = result["decode"], result.get("accelerate")
@@ -118,6 +119,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{result['ceiling']:.2f}x" if "ceiling" in result else "",
             f"{result['poise']['step_bytes'] / 1e9:.2f}/{decode['limit_fewest_bytes'] / 1e9:.2f}",
             memory(result["poise"]),
+            guesses(result["poise"]),
             bubbles(decode),
         )
     return table

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from poise.bench.offload.case import measure_reference_products, reference_model, work_directory
 from poise.bench.offload.contenders import Contenders
-from poise.bench.offload.report import SETTING, as_json, bubbles, extrapolated, finish, limited, line, memory
+from poise.bench.offload.report import SETTING, as_json, bubbles, extrapolated, finish, guesses, limited, line, memory
 from poise.bench.parts import Parts, say
 from poise.bench.read_ahead import KERNEL_DEFAULT_KIB
 
@@ -145,6 +145,7 @@ def _table(results: Mapping[str, Mapping[str, Any]], *, title: str, is_long: boo
     for column in ("sequences", "tokens/s", "prefill s", "step s", "steps run", "of the limit", "over it", "ceiling"):
         table.add_column(column, justify="right")
     table.add_column("peak/limit, added/budget GB", justify="right")
+    table.add_column("read ahead: used, hottest")
     table.add_column("bubbles a pass")
     over = ratios(results, is_long=is_long)
     theirs = best_of(rows_of(results, "accelerate", is_long=is_long)).values()
@@ -161,6 +162,7 @@ def _table(results: Mapping[str, Mapping[str, Any]], *, title: str, is_long: boo
             f"{ratio['ratio']:.1f}x" if ratio else "",
             f"{ratio['ceiling']:.1f}x" if ratio else "",
             memory(row),
+            guesses(row),
             bubbles(row),
         )
     return table

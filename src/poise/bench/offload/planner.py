@@ -18,7 +18,7 @@ from rich.table import Table
 
 from poise.bench.offload.case import CONFIG, reference_model, work_directory
 from poise.bench.offload.contenders import Contenders, decode_passes
-from poise.bench.offload.report import SETTING, as_json, bubbles, finish, limited, memory, shares
+from poise.bench.offload.report import SETTING, as_json, bubbles, finish, guesses, limited, memory, shares
 from poise.bench.parts import Parts, say
 from poise.errors import PoiseError
 
@@ -172,6 +172,7 @@ def _table(results: Mapping[str, Mapping[str, Any]], workload: str, found: Mappi
     for column in ("bs x n", "K", "slots", "KV on disk", "dense streamed", "decode tokens/s", "tokens/s", "predicted"):
         table.add_column(column, justify="right")
     table.add_column("peak/limit, added/budget GB", justify="right")
+    table.add_column("read ahead: used, hottest")
     table.add_column("bubbles a pass")
     for part, result in results.items():
         if not part.startswith(f"{workload}-"):
@@ -191,6 +192,7 @@ def _table(results: Mapping[str, Mapping[str, Any]], workload: str, found: Mappi
             f"{result['tokens_per_s']:.2f}",
             f"{plan['predicted_tokens_per_s']:.2f}",
             memory(result["poise"]),
+            guesses(result["poise"]),
             bubbles(result["decode"]),
         )
     return table

@@ -46,6 +46,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         plan = outcome.detail["plan"]
         facts["added_bytes"] = outcome.detail["peak_rss_bytes"] - plan["base_bytes"]
         facts["budget_bytes"] = plan["budget_bytes"]
+        facts |= {phase: outcome.detail[phase] for phase in ("prefill_ahead", "decode_ahead")}
         facts |= shares(outcome.detail["passes"])
         limit_s = sum(each["limit"]["seconds"] for each in outcome.detail["passes"] if "limit" in each)
         if limit_s:
@@ -78,6 +79,16 @@ def bubbles(facts: Mapping[str, Any], least_frac: float = 0.01) -> str:
     """The bubbles that take a hundredth of the pass or more, longest first."""
     named = sorted(facts.get("bubbles_s", {}).items(), key=lambda item: -item[1])
     return "\n".join(f"{seconds:.2f} s {name}" for name, seconds in named if seconds >= least_frac * facts["pass_s"])
+
+
+def guesses(facts: Mapping[str, Any]) -> str:
+    """Of what was read ahead, in prefill and in decode: the share that was used, and that was among the hottest to read."""
+    lines = []
+    for phase in ("prefill", "decode"):
+        ahead = facts.get(f"{phase}_ahead", {})
+        if ahead.get("named"):
+            lines.append(f"{phase} {ahead['used_frac']:.0%}, {ahead['hottest_frac']:.0%}")
+    return "\n".join(lines)
 
 
 def memory(facts: Mapping[str, Any]) -> str:

@@ -77,7 +77,7 @@ def main() -> None:
     if job.get("routing"):
         recorder.trace(Path(job["model"]).name).save(Path(job["routing"]))
     if job.get("timeline"):
-        write_chrome_trace(Path(job["timeline"]), chrome_trace(timeline.spans))
+        write_chrome_trace(Path(job["timeline"]), chrome_trace(timeline.spans, asdict(last)))
     print(
         json.dumps(
             {
@@ -87,6 +87,8 @@ def main() -> None:
                 "new_tokens": job["new_tokens"],
                 "generated_tokens": last.generated_tokens,
                 "bytes_read": last.bytes_read,
+                "prefill_ahead": last.prefill_ahead.as_json(),
+                "decode_ahead": last.decode_ahead.as_json(),
                 "peak_rss_bytes": peak,
                 "passes": _passes(begin_ns, seen, timeline.spans),
                 "shares": asdict(time_shares(timeline.spans)),
