@@ -19,11 +19,12 @@ from poise.bench.offload.paper import best_of, ratios
 from poise.bench.offload.planner import VARIANTS as VARIANTS_OF_PLANS
 from poise.bench.offload.planner import Planned, planned_of
 from poise.bench.offload.planner import ratios as planner_ratios
-from poise.bench.offload.report import as_json, bubbles, memory, shares
+from poise.bench.offload.report import as_json, bubbles, guesses, memory, shares
 from poise.bench.parts import Parts
 from poise.bench.products import Products
 from poise.cost.curves import PointCurve
 from poise.errors import PoiseError, UsageError
+from poise.predict.hits import Hits
 from poise.spec.trace import RoutingTrace
 
 GB = 1_000_000_000
@@ -57,6 +58,8 @@ def outcome(passes: list[dict[str, Any]], *, name: str = "Poise") -> Outcome:
         detail={
             "plan": {"base_bytes": GB // 2, "budget_bytes": 2 * GB},
             "peak_rss_bytes": 2 * GB,
+            "prefill_ahead": Hits(named=8, used=8, hottest=6.0).as_json(),
+            "decode_ahead": Hits().as_json(),
             "passes": passes,
         },
     )
@@ -112,6 +115,7 @@ def test_a_finished_row_s_cache_is_gone() -> None:
 def test_a_result_has_its_share_of_the_limit_its_bubbles_and_its_memory_beside_the_budget() -> None:
     passes = [one_pass(tokens=4) | {"limit": {"seconds": 1.5, "disk_s": 1.5, "compute_s": 1.0, "fewest_bytes": 9}}] * 2
     facts = as_json(outcome(passes))
+    assert guesses(facts) == "prefill 100%, 75%", "nothing was read ahead in decode"
     assert facts["limit_frac"] == pytest.approx(0.5)
     assert facts["limit_tokens_per_s"] == pytest.approx(2 * 1.2)
     assert facts["added_bytes"] == 1.5 * GB

@@ -30,7 +30,7 @@ from poise.engine.prefetcher import MAX_LEARNT
 from poise.plan.outlook import PROBABILITY_WEIGHT
 from poise.plan.residency import updated_probability_E
 from poise.predict.correlation import CorrelationTable, sampled
-from poise.predict.hits import hits_in_passes
+from poise.predict.guesses import hits_in_passes
 
 NAME = "prefetch"
 TOKENS_PER_PASS = (1, 4, 16, 64, 256)

@@ -61,7 +61,7 @@ COUNTED = ("misses", "reads", "prefetched")
 class Outcome:
     """One policy in one condition; medians over the rounds. A miss was not in memory when it was asked for.
 
-    ``ahead_used_frac``, ``ahead_hottest_frac``: of all rounds' decode passes, see ``predict.hits``; None: none was read.
+    ``ahead_used_frac``, ``ahead_hottest_frac``: of all rounds' decode passes, see ``predict.guesses``; None: none was read.
     """
 
     sequences: int

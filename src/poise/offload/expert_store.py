@@ -26,7 +26,8 @@ from poise.plan.expert_reads import Holdings, Idle, NextRead, next_read
 from poise.plan.outlook import Foreseen, Outlook
 from poise.plan.residency import Key
 from poise.plan.schedule import Policy
-from poise.predict.hits import Guesses, Hits, Ints
+from poise.predict.guesses import Guesses, Ints
+from poise.predict.hits import Hits
 from poise.spec.timeline import COMPUTE, DISK, Gaps, Timeline
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.predict.hits import Guesses, Hits, hits_in_layer, hits_in_passes
+from poise.predict.guesses import Guesses, hits_in_layer, hits_in_passes
+from poise.predict.hits import Hits
 
 ALL = np.ones(6, dtype=bool)
 COUNTS = np.array([0, 9, 4, 4, 1, 0])

@@ -1,0 +1,97 @@
+"""Arguments and options that several commands of `poise` share: their names, their types, their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a Hugging Face checkpoint (safetensors).")]
+Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue.")]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help='Read prompts from a .jsonl file ({"prompt": "..."} or {"prompt_token_ids": [...]} a line, each with '
+        "optional id, max_tokens, temperature, top_p, top_k, seed, stop), from a .txt file (a prompt a line), or JSONL "
+        "from standard input (-).",
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write results to this JSONL file, in order of input, once all are there. Until then they are in FILE.partial, "
+        "which an interrupted run keeps for --resume if it holds any.",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run that wrote to --output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --output, and forget an interrupted run to it.")]
+MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to generate for a prompt.")]
+Memory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE", help="Memory for weights, caches and buffers, such as 8GiB; auto: what is free, less a margin."
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: auto or cpu; ranks: cuda, too.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="Number type to compute in: auto (the checkpoint's, unless this device is far slower at it), bfloat16, "
+        "float16, float32.",
+    ),
+]
+MachineFile = Annotated[
+    Path | None,
+    typer.Option("--machine", metavar="FILE", help="What `poise profile` measured; else measured briefly, once."),
+]
+TimelineFile = Annotated[
+    Path | None,
+    typer.Option("--timeline", metavar="FILE", help="Write what ran when, as a Chrome trace, which Perfetto opens."),
+]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        metavar="none|int4",
+        help="int4: round the experts to 4 bits, once, into a copy in the cache directory (~/.cache/poise), and run from that.",
+    ),
+]
+TableFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--correlation-table",
+        metavar="FILE",
+        help="Begin with the correlation table that `poise record` or --save-table wrote for this model.",
+    ),
+]
+SaveTable = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Write the correlation table as learnt by the end, also of a run that is interrupted."
+    ),
+]
+Temperature = Annotated[float, typer.Option(metavar="T", help="Randomness of the choice of tokens; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(metavar="P", help="Choose among the likeliest tokens that sum to P.")]
+TopK = Annotated[int | None, typer.Option(metavar="K", help="Choose among the K likeliest tokens.")]
+Seed = Annotated[int | None, typer.Option(metavar="S", help="Makes a sampled text repeat.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End a text before this string; repeatable.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Generate on after the end-of-sequence token.")]
+ExpertParallel = Annotated[
+    bool,
+    typer.Option(
+        "--expert-parallel", help="One rank of several that share the experts; start it with torchrun on each."
+    ),
+]
+Balance = Annotated[
+    str,
+    typer.Option(
+        metavar="static|eplb|vibe",
+        help="With --expert-parallel, where experts lie: where they are at first (static), so that ranks get like numbers of "
+        "tokens (eplb), or so that ranks end together, slow ones and fast ones (vibe).",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
