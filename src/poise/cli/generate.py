@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poise.cli.expert_parallel import BALANCES, call_off, closing_lines, follow, this_launch
+from poise.cli.figures import measured, rates, say_header, summary, taken
 from poise.cli.output import ResultFile, fingerprint, finished_results, output_line, writable_file
 from poise.cli.progress import Bar, PlainLines, say
 from poise.cli.prompts import PromptRequest, place_of, read_requests
@@ -27,7 +28,7 @@ from poise.errors import PromptError, UsageError
 from poise.report.bubbles import time_shares
 from poise.report.chrome_trace import chrome_trace, write_chrome_trace
 from poise.spec.timeline import Timeline
-from poise.units import format_bytes, format_s, parse_bytes
+from poise.units import format_s, parse_bytes
 
 if TYPE_CHECKING:
     from poise.engine.llm import LLM
@@ -164,7 +165,7 @@ def _generate(
             sampling = [sampling for _, sampling in asked]
             with _open(options, asked, view) if launch is None else _open_ranks(options, launch, view) as llm:
                 view.bar.clear()
-                _say_header(llm.describe())
+                say_header(llm.describe())
                 timeline = Timeline() if options.timeline is not None and launch is None else None
                 if isinstance(llm, LLM):
                     try:
@@ -187,16 +188,12 @@ def _generate(
                         with_timelines=options.timeline is not None,
                     )
                     closing = closing_lines(llm, options.timeline)
-                stats, plan = _stats(llm), llm.describe()
+                stats, plan = taken(llm), llm.describe()
         except PromptError as error:
             raise _placed(error, pending, options.prompt_file) from None
         finally:
             view.end()
-        say(_summary(stats))
-        for phase, ahead in (("prefill", stats["prefill_ahead"]), ("decode", stats["decode_ahead"])):
-            if ahead["named"]:
-                say(_guesses(phase, ahead))
-        for line in closing:
+        for line in (*summary(stats), *closing):
             say(line)
         if timeline is not None and options.timeline is not None:
             _write_timeline(options.timeline, timeline, stats)
@@ -290,7 +287,7 @@ class _View:
     def on_progress(self, progress: Progress) -> None:
         if not self._streamed:
             done = len(self.requests) - len(self.pending) + progress.finished
-            message = f"{done}/{len(self.requests)} prompts, {_rates(_measured(progress))}"
+            message = f"{done}/{len(self.requests)} prompts, {rates(measured(progress))}"
             self.bar.show(message, done=done, now_s=progress.elapsed_s)
 
     def on_made(self, done: int, total: int) -> None:
@@ -333,58 +330,6 @@ def _excerpt(line: Mapping[str, Any]) -> str:
     text = line.get("prompt") or f"token ids {line['prompt_token_ids']}"
     text = " ".join(text.split())
     return text if len(text) <= 70 else f"{text[:67]}..."
-
-
-def _say_header(plan: Mapping[str, object]) -> None:
-    say(f"dtype: {plan['dtype']} ({plan['dtype_reason']})")
-    facts = []
-    for name, value in plan.items():
-        if name.startswith("dtype"):
-            continue
-        if name.endswith("_bytes") and isinstance(value, int | float):
-            facts.append(f"{name.removesuffix('_bytes').replace('_', ' ')} {format_bytes(value)}")
-        else:
-            facts.append(f"{name.replace('_', ' ')} {value}")
-    say(", ".join(facts))
-
-
-def _stats(llm: LLM | ParallelLLM) -> dict[str, Any]:
-    """What the run took, for the summary and --json."""
-    from poise.engine.llm import LLM
-
-    progress = llm.last_progress
-    assert progress is not None, "the engine has generated"
-    memory = {"base_bytes": llm.base_bytes, "budget_bytes": llm.budget_bytes, "peak_bytes": llm.peak_bytes}
-    figures = None if isinstance(llm, LLM) else llm.figures
-    ranks = {} if figures is None else {"parallel": figures.to_json()}
-    return {**_measured(progress), **memory, **ranks}
-
-
-def _measured(progress: Progress) -> dict[str, Any]:
-    rates = {"generated_tokens_per_s": progress.generated_tokens_per_s, "hit_frac": progress.hit_frac}
-    ahead = {"prefill_ahead": progress.prefill_ahead.as_json(), "decode_ahead": progress.decode_ahead.as_json()}
-    return {**asdict(progress), **ahead, **rates}
-
-
-def _rates(stats: Mapping[str, Any]) -> str:
-    speed = f"{stats['generated_tokens_per_s']:.3g} tokens/s"
-    return f"{speed}, {format_bytes(stats['bytes_read'])} read, {stats['hit_frac']:.0%} expert hits"
-
-
-def _summary(stats: Mapping[str, Any]) -> str:
-    added_bytes = max(0, stats["peak_bytes"] - stats["base_bytes"])
-    return (
-        f"{stats['generated_tokens']} tokens in {format_s(stats['elapsed_s'])}, {_rates(stats)}, "
-        f"peak memory {format_bytes(added_bytes)} of a budget of {format_bytes(stats['budget_bytes'])}"
-    )
-
-
-def _guesses(phase: str, ahead: Mapping[str, Any]) -> str:
-    """How good the choice of what was read ahead was, in the paper's terms."""
-    return (
-        f"read ahead in {phase}: {ahead['named']:,} experts, {ahead['used_frac']:.0%} used, "
-        f"{ahead['hottest_frac']:.0%} among the hottest of those to read"
-    )
 
 
 def _print_json(results: Sequence[Mapping[str, Any]], stats: object, plan: object) -> None:

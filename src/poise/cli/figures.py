@@ -1,0 +1,75 @@
+"""What `poise generate` says of a run in numbers: its plan before, its speed meanwhile, what it took at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from poise.cli.progress import say
+from poise.engine.request import Progress
+from poise.units import format_bytes, format_s
+
+if TYPE_CHECKING:
+    from poise.engine.llm import LLM
+    from poise.engine.parallel_llm import ParallelLLM
+
+
+def say_header(plan: Mapping[str, object]) -> None:
+    """The model and its plan in numbers, before a run."""
+    say(f"dtype: {plan['dtype']} ({plan['dtype_reason']})")
+    facts = []
+    for name, value in plan.items():
+        if name.startswith("dtype"):
+            continue
+        if name.endswith("_bytes") and isinstance(value, int | float):
+            facts.append(f"{name.removesuffix('_bytes').replace('_', ' ')} {format_bytes(value)}")
+        else:
+            facts.append(f"{name.replace('_', ' ')} {value}")
+    say(", ".join(facts))
+
+
+def taken(llm: LLM | ParallelLLM) -> dict[str, Any]:
+    """What the run took, for the summary and --json."""
+    from poise.engine.llm import LLM
+
+    progress = llm.last_progress
+    assert progress is not None, "the engine has generated"
+    memory = {"base_bytes": llm.base_bytes, "budget_bytes": llm.budget_bytes, "peak_bytes": llm.peak_bytes}
+    figures = None if isinstance(llm, LLM) else llm.figures
+    ranks = {} if figures is None else {"parallel": figures.to_json()}
+    return {**measured(progress), **memory, **ranks}
+
+
+def measured(progress: Progress) -> dict[str, Any]:
+    """Where a run stands, with its rates and how good its read-ahead was."""
+    per_s = {"generated_tokens_per_s": progress.generated_tokens_per_s, "hit_frac": progress.hit_frac}
+    ahead = {"prefill_ahead": progress.prefill_ahead.as_json(), "decode_ahead": progress.decode_ahead.as_json()}
+    return {**asdict(progress), **ahead, **per_s}
+
+
+def rates(stats: Mapping[str, Any]) -> str:
+    """Speed, bytes read, hits, for a line of progress."""
+    speed = f"{stats['generated_tokens_per_s']:.3g} tokens/s"
+    return f"{speed}, {format_bytes(stats['bytes_read'])} read, {stats['hit_frac']:.0%} expert hits"
+
+
+def summary(stats: Mapping[str, Any]) -> Iterator[str]:
+    """The closing lines of a run."""
+    added_bytes = max(0, stats["peak_bytes"] - stats["base_bytes"])
+    yield (
+        f"{stats['generated_tokens']} tokens in {format_s(stats['elapsed_s'])}, {rates(stats)}, "
+        f"peak memory {format_bytes(added_bytes)} of a budget of {format_bytes(stats['budget_bytes'])}"
+    )
+    for phase in ("prefill", "decode"):
+        ahead = stats[f"{phase}_ahead"]
+        if ahead["named"]:
+            yield _guesses(phase, ahead)
+
+
+def _guesses(phase: str, ahead: Mapping[str, Any]) -> str:
+    """How good the choice of what was read ahead was, in the paper's terms."""
+    return (
+        f"read ahead in {phase}: {ahead['named']:,} experts, {ahead['used_frac']:.0%} used, "
+        f"{ahead['hottest_frac']:.0%} among the hottest of those to read"
+    )
