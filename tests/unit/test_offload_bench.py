@@ -24,6 +24,7 @@ from poise.bench.parts import Parts
 from poise.bench.products import Products
 from poise.cost.curves import PointCurve
 from poise.errors import PoiseError, UsageError
+from poise.plan.schedule import Policy
 from poise.predict.hits import Hits
 from poise.spec.trace import RoutingTrace
 
@@ -175,7 +176,11 @@ def test_the_ablation_goes_from_the_simple_pipeline_to_ours_one_step_at_a_time()
     variants = list(VARIANTS.values())
     assert variants[0][1] == 1
     assert variants[0][2]["read_ahead"] == "layer"
-    for (_, n, before), (_, m, after) in itertools.pairwise(variants[1:]):
+    own = {"read_ahead": Policy().read_ahead, "order": Policy().order}
+    assert own | VARIANTS["poise"][2] == own, "the engine's own way is forced to nothing"
+    for (_, n, before), (_, m, after) in itertools.pairwise(
+        (name, n, own | forced) for name, n, forced in variants[1:]
+    ):
         assert n == m
         changed = {key for key in {*before, *after} if before.get(key) != after.get(key)}
         assert len(changed - {"ahead"}) == 1

@@ -1,7 +1,7 @@
 """`poise bench offload-ablation`: the paper's ablation (table 3), as options of one executor: decode passes of one model.
 
-Whole-layer prefetch with one batch; several batches; only hot experts; experts in order of arrival; Poise's own read-ahead;
-4 bits. A rate is rows over the mean decode pass, so that prefill, which is alike for all, does not blur it.
+Whole-layer prefetch with one batch; several batches; only hot experts; experts in order of arrival; what Poise does of
+itself; 4 bits. A rate is rows over the mean decode pass, so that prefill, which is alike for all, does not blur it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ VARIANTS: Mapping[str, tuple[str, int, dict[str, Any]]] = {
     "batches": ("+ several batches", NUM_BATCHES, {"read_ahead": "layer", "order": "index"}),
     "hot": ("+ only hot experts", NUM_BATCHES, {"read_ahead": "hot", "order": "index", "ahead": HOT}),
     "arrival": ("+ order of arrival (Klotski)", NUM_BATCHES, {"read_ahead": "hot", "order": "arrival", "ahead": HOT}),
-    "poise": ("Poise's read-ahead", NUM_BATCHES, {"read_ahead": "likely", "order": "arrival"}),
-    "int4": ("+ 4 bits", NUM_BATCHES, {"read_ahead": "likely", "order": "arrival", "quantize": "int4"}),
+    "poise": ("Poise's read-ahead", NUM_BATCHES, {}),
+    "int4": ("+ 4 bits", NUM_BATCHES, {"quantize": "int4"}),
 }
 PARTS = tuple(VARIANTS)
 
