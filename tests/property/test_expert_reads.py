@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.plan.expert_reads import Holdings, Idle, NextRead, next_read
+from poise.plan.expert_reads import Dense, Holdings, Idle, NextRead, next_read
 from poise.plan.outlook import Foreseen, Outlook
 from poise.plan.residency import Floats, Key
 from poise.plan.schedule import ExpertOrder, Policy, ReadAhead
@@ -122,6 +122,22 @@ def test_a_guess_is_what_the_policy_allows_and_displaces_only_what_is_needed_lat
     else:
         assert layer != outlook.layer
         assert outlook.probability_LE[found.key] > 0.5
+
+
+@given(situations(), st.integers(0, 4))
+def test_dense_weights_come_behind_what_was_asked_for_and_before_what_is_only_likely(
+    situation: tuple[Policy, Outlook, Holdings, Key | None], dense_for: int
+) -> None:
+    policy, outlook, holdings, asked = situation
+    dense_for = min(dense_for, outlook.num_layers)
+    alone = next_read(policy, outlook, holdings, asked)
+    found = next_read(policy, outlook, holdings, asked, dense_for)
+    if isinstance(alone, NextRead) and not alone.is_ahead:
+        assert found == alone
+    elif isinstance(alone, Idle) or dense_for % outlook.num_layers == outlook.following:
+        assert found is Dense.FIRST_WAITING
+    else:
+        assert found == alone, "weights behind the next layer are less urgent than its experts"
 
 
 def holdings_of(absent_LE: list[list[bool]], *, idle: list[Key] = [], **changes: int) -> Holdings:  # noqa: B006 - read only

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
+from poise.errors import ReadError
+from poise.model.arena import Arena
 from poise.offload.expert_store import ExpertStore
 from poise.plan.outlook import Foreseen
 from poise.plan.residency import distance_with_foresight_LE, expected_distance_LE
 from poise.predict.hits import Hits
+from poise.spec.timeline import Timeline
 from tests.conftest import MakeCheckpoint, open_layout, open_store
 
 EXPERTS = 8
@@ -71,6 +75,42 @@ def test_a_foresight_that_fails_costs_reads_and_nothing_else(store: ExpertStore)
     take(store, 2)
     assert (store.counters.misses, store.counters.reads) == (3, 4)
     assert store.counters.ahead == Hits(named=1, used=0, hottest=0.0)
+
+
+def test_reads_are_in_the_order_of_need(checkpoint: MakeCheckpoint) -> None:
+    """Cold experts, dense weights of the next layer, its hot experts, dense weights behind it: whatever was said first."""
+    model, layout, _ = open_layout(checkpoint("qwen3_moe"))
+    store = open_store(model, layout, slots=16, threads=1)
+    store.timeline = timeline = Timeline()
+    part, arena, there = layout.experts_LE[0][0].parts[0], Arena(2, 4096), threading.Semaphore(0)
+
+    def read_dense(slot: int, moe_layer: int) -> None:
+        read = part.file, 0, 16, arena.view_of(slot, 0, 4096)
+        store.read_dense(read, lambda _: there.release(), label=(f"read dense {moe_layer}", {}), moe_layer=moe_layer)
+
+    store._max_under_way, limit = 0, store._max_under_way  # no read begins before all is said
+    store.request(0, [0, 1])
+    read_dense(0, 1)
+    read_dense(1, 2)
+    store.foresee(1, likely(5))
+    store._max_under_way = limit
+    store.request(0, [2, 3, 4])
+    for _ in range(2):
+        assert there.acquire(timeout=10)
+    take(store, 5)
+    store.close()
+    names = [span.name for span in timeline.spans if span.name.startswith("read")]
+    assert names == [*["read"] * 5, "read dense 1", "read ahead", "read dense 2"]
+
+
+def test_dense_weights_that_wait_when_the_store_closes_end_with_an_error(checkpoint: MakeCheckpoint) -> None:
+    model, layout, _ = open_layout(checkpoint("qwen3_moe"))
+    store = open_store(model, layout, slots=8, threads=1)
+    part, memory, errors = layout.experts_LE[0][0].parts[0], Arena(1, 4096).view_of(0, 0, 4096), []
+    store._max_under_way = 0
+    store.read_dense((part.file, 0, 16, memory), errors.append, label=("read dense", {}), moe_layer=1)
+    store.close()
+    assert [type(error) for error in errors] == [ReadError]
 
 
 def test_foresight_ends_with_its_layer_and_with_an_aborted_pass(store: ExpertStore) -> None:

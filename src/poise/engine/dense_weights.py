@@ -16,7 +16,7 @@ from poise.model.decoder_layers import DecoderLayer, find_decoder_layers, put_ba
 from poise.model.dense import as_tensor, dense_nbytes, load_dense, read_tensor
 from poise.model.inspect import ExpertsModule
 from poise.model.layout import CheckpointLayout
-from poise.offload.dense_stream import DenseStream, slot_bytes_for
+from poise.offload.dense_stream import DenseStream, Disk, slot_bytes_for
 from poise.plan.dense import DensePlan, DenseSpec, dense_ways, stream_layers
 
 ALIGNMENT = 64
@@ -61,9 +61,9 @@ def find_dense_layers(
 class DenseWeights:
     """Owns what ``plan`` says: parameters in memory for the layers that stay, a stream for the others."""
 
-    def __init__(self, model: nn.Module, layers: DenseLayers, plan: DensePlan) -> None:
+    def __init__(self, model: nn.Module, layers: DenseLayers, plan: DensePlan, disk: Disk) -> None:
         """``model``: all its dense weights are there but those that ``plan`` streams, which lie on the meta device."""
-        self._model, self._layers, self.plan = model, layers, plan
+        self._model, self._layers, self.plan, self._disk = model, layers, plan, disk
         self.stream = self._opened()
 
     def change(self, plan: DensePlan) -> None:
@@ -89,7 +89,8 @@ class DenseWeights:
             self.stream = None
 
     def _opened(self) -> DenseStream | None:
-        return DenseStream(self._model, self._layers.streamed(self.plan)) if self.plan.streamed else None
+        streamed = self._layers.streamed(self.plan)
+        return DenseStream(self._model, streamed, self._disk) if streamed else None
 
     def _read(self, layer: DecoderLayer) -> None:
         """A layer's weights in one block, so that the system gets it back whole when they are dropped."""

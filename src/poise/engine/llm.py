@@ -124,7 +124,7 @@ class LLM:
         streamed = drawn.dense.streamed(dense)
         load_resident(drawn.model, drawn.checkpoint, drawn.layout, drawn.dtype.dtype, drawn.device, streamed)
         self._store = store = _open_store(drawn)
-        self._dense = DenseWeights(drawn.model, drawn.dense, dense)
+        self._dense = DenseWeights(drawn.model, drawn.dense, dense, store)
         if drawn.options.kv_on_disk:
             self._kv = open_kv(drawn.options.scratch_directory)
         self._runner = Runner(drawn.model, drawn.modules, store, dense=self._dense.stream)
@@ -247,12 +247,12 @@ class LLM:
 
     def close(self) -> None:
         """Ends the reader threads and gives the experts' memory back. Safe to call twice."""
-        if self._store is not None:
-            self._store.close()
-            self._store = None
         for stream in (self._dense, self._kv):
             if stream is not None:
                 stream.close()
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
     def __enter__(self) -> LLM:
         return self

@@ -55,7 +55,6 @@ class Runner:
         self.kv = kv
         self._position = {id(model.get_submodule(module.name)): index for index, module in enumerate(modules)}
         self._num_layers = len(modules)
-        self._modules = modules
         self._last: tuple[tuple[object, ...], Schedule] | None = None
         self.policy = Policy()
         self._listeners: list[RoutingListener] = []
@@ -120,21 +119,14 @@ class Runner:
 
     def _schedule(self, num_batches: int) -> Schedule:
         """The pass of so many batches; the last one is kept, as most passes are like the one before."""
-        streamed = () if self.dense is None else tuple(self.dense.names)
-        of = num_batches, streamed, self.kv is not None, self.policy
+        of = num_batches, () if self.dense is None else self.dense.names, self.kv is not None, self.policy
         if self._last is None or self._last[0] != of:
             schedule = schedule_pass(
                 num_layers=self._num_layers,
                 num_batches=num_batches,
-                streamed=_layers_before(self._modules, streamed),
+                streamed=() if self.dense is None else self.dense.moe_layers,
                 kv_on_disk=self.kv is not None,
                 policy=self.policy,
             )
             self._last = of, schedule
         return self._last[1]
-
-
-def _layers_before(modules: Sequence[ExpertsModule], streamed: Sequence[str]) -> tuple[int, ...]:
-    """For each streamed decoder layer, by name: how many MoE layers lie before it."""
-    number = [int(name.rpartition(".")[2]) for name in streamed]
-    return tuple(sum(module.layer < layer for module in modules) for layer in number)

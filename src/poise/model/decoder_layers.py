@@ -24,9 +24,13 @@ from poise.model.layout import CheckpointLayout
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderLayer:
-    """One decoder layer in the model. ``parts``: its parameters that can be streamed, by their full names."""
+    """One decoder layer in the model. ``parts``: its parameters that can be streamed, by their full names.
+
+    ``moe_layer``: position of the MoE layer that it leads to, its own or the next; behind the last it is their number.
+    """
 
     name: str
+    moe_layer: int
     parts: Mapping[str, TensorRef]
 
     @property
@@ -62,7 +66,8 @@ def find_decoder_layers(
                 and not kept_wide.search(full)
             ):
                 parts[full] = source
-        found.append(DecoderLayer(name=name, parts=parts))
+        moe_layer = sum(module.layer < int(name.rpartition(".")[2]) for module in modules)
+        found.append(DecoderLayer(name=name, moe_layer=moe_layer, parts=parts))
     return found
 
 

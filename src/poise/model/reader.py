@@ -60,6 +60,10 @@ class Reader:
     def timeline(self, timeline: Timeline | None) -> None:
         self._files.timeline = timeline
 
+    def open(self, files: Sequence[Path]) -> None:
+        """Opens further files to read from; those that are open stay so. Raises ReadError."""
+        self._files.open(files)
+
     def submit(self, reads: Sequence[Read], done: Done, *, label: Label = ("read", {})) -> None:
         """Queues reads; ``done`` is called on a reader thread when all bytes are there, or with the error."""
         self._jobs.put((reads, done, label))
@@ -78,11 +82,16 @@ class _Files:
         self._falling_back = threading.Lock()
         self._descriptors: dict[Path, int] = {}
         try:
-            for file in dict.fromkeys(files):
-                self._descriptors[file] = self._open(file)
+            self.open(files)
         except BaseException:
             self.close()
             raise
+
+    def open(self, files: Sequence[Path]) -> None:
+        """Those that are not open yet."""
+        for file in dict.fromkeys(files):
+            if file not in self._descriptors:
+                self._descriptors[file] = self._open(file)
 
     def fill(self, file: Path, offset: int, needed_bytes: int, memory: memoryview) -> None:
         """Reads at least ``needed_bytes`` into ``memory``. Raises ReadError."""

@@ -11,24 +11,34 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from poise.model.arena import Arena
 from poise.model.decoder_layers import DecoderLayer
 from poise.model.dense import as_tensor
-from poise.model.read_plan import ReadPlan, plan_reads
-from poise.model.reader import Reader
+from poise.model.read_plan import Extent, ReadPlan, plan_reads
+from poise.model.reader import Done, Label, Read
 from poise.model.seam import wait_for_the_others
 from poise.plan.dense import NUM_SLOTS
 from poise.spec.timeline import COMPUTE, Timeline
+from poise.units import MIB
 
-READER_THREADS = 1
-"""A layer is a few large reads in a row; experts are read beside it."""
+PIECE_BYTES = 8 * MIB
+"""A layer is read in pieces of this size at most, so that an expert that a layer waits for comes between them."""
+
+
+class Disk(Protocol):
+    """Who reads: ``offload.expert_store``, which puts dense weights and experts into one order."""
+
+    def open(self, files: Sequence[Path]) -> None: ...
+
+    def read_dense(self, read: Read, done: Done, *, label: Label, moe_layer: int) -> None: ...
 
 
 @dataclass(slots=True)
@@ -44,12 +54,16 @@ class DenseCounters:
 class _Slot:
     """``layer``: position among the streamed layers of what it holds or is being read into it; None when empty.
 
-    ``error``: why its last read failed.
+    ``under_way``: pieces that are not there yet. ``error``: why its last read failed.
     """
 
     layer: int | None = None
-    is_loading: bool = False
+    under_way: int = 0
     error: Exception | None = None
+
+    @property
+    def is_loading(self) -> bool:
+        return self.under_way > 0
 
 
 def slot_bytes_for(layer: DecoderLayer) -> int:
@@ -58,17 +72,18 @@ def slot_bytes_for(layer: DecoderLayer) -> int:
 
 
 class DenseStream:
-    """Streams the dense weights of ``layers`` (in the order in which a pass comes to them) into ``model``.
+    """Streams the dense weights of ``layers`` (in the order in which a pass comes to them) from ``disk`` into ``model``.
 
     Their parameters must be registered and on the meta device. The hooks stay until ``close``.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[DecoderLayer]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[DecoderLayer], disk: Disk) -> None:
         assert len(layers) > NUM_SLOTS, "so few layers take no more memory than their slots"
         self._plans = [plan_reads(list(layer.parts.values())) for layer in layers]
         self._arena = Arena(NUM_SLOTS, max(plan.nbytes for plan in self._plans))
         self._slots = [_Slot() for _ in range(NUM_SLOTS)]
-        self.names = [layer.name for layer in layers]
+        self.names = tuple(layer.name for layer in layers)
+        self.moe_layers = tuple(layer.moe_layer for layer in layers)
         self._parameters_LS = [
             [_laid_out(model, layer, plan, self._arena, slot) for slot in range(NUM_SLOTS)]
             for layer, plan in zip(layers, self._plans, strict=True)
@@ -78,7 +93,9 @@ class DenseStream:
             [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in layer.parts]
             for layer in layers
         ]
-        self._reader = Reader([ref.file for layer in layers for ref in layer.parts.values()], threads=READER_THREADS)
+        self._disk = disk
+        self.timeline: Timeline | None = None
+        """Where waits are noted, if anywhere."""
         self._changed = threading.Condition()
         self._current: int | None = None
         self._is_in_pass = False
@@ -87,16 +104,8 @@ class DenseStream:
             model.get_submodule(layer.name).register_forward_pre_hook(functools.partial(self._at_door, position))
             for position, layer in enumerate(layers)
         ]
+        disk.open([ref.file for layer in layers for ref in layer.parts.values()])
         self._read_ahead(0)
-
-    @property
-    def timeline(self) -> Timeline | None:
-        """Where reads and waits are noted, if anywhere."""
-        return self._reader.timeline
-
-    @timeline.setter
-    def timeline(self, timeline: Timeline | None) -> None:
-        self._reader.timeline = timeline
 
     def begin_pass(self) -> None:
         """From now on batches stop at doors."""
@@ -109,11 +118,13 @@ class DenseStream:
         self._read_ahead(0)
 
     def close(self) -> None:
-        """Ends the reader thread and takes the hooks off; the layers cannot run any more. Safe to call twice."""
+        """Takes the hooks off and waits for reads under way; the layers cannot run any more. Safe to call twice."""
         for hook in self._hooks:
             hook.remove()
         self._leave()
-        self._reader.close()
+        with self._changed:
+            while any(slot.is_loading for slot in self._slots):
+                self._changed.wait()
 
     def _at_door(self, position: int, module: nn.Module, arguments: Any) -> None:
         if self._is_in_pass:
@@ -166,27 +177,28 @@ class DenseStream:
 
     def _start(self, layer: int, index: int) -> None:
         plan, slot = self._plans[layer], self._slots[index]
-        slot.layer, slot.is_loading, slot.error = layer, True, None
+        pieces = [piece for extent in plan.extents for piece in self._pieces(extent, index)]
+        slot.layer, slot.under_way, slot.error = layer, len(pieces), None
         self.counters.reads += 1
         self.counters.bytes_read += plan.nbytes
-        reads = [
-            (
-                extent.file,
-                extent.file_offset,
-                extent.needed_bytes,
-                self._arena.view_of(index, extent.slot_offset, extent.nbytes),
-            )
-            for extent in plan.extents
-        ]
-        label = "read dense", {"streamed": layer, "bytes": plan.nbytes}
-        self._reader.submit(reads, functools.partial(self._arrived, slot), label=label)
+        for piece in pieces:
+            label = "read dense", {"streamed": layer, "bytes": len(piece[3])}
+            arrived = functools.partial(self._arrived, slot)
+            self._disk.read_dense(piece, arrived, label=label, moe_layer=self.moe_layers[layer])
+
+    def _pieces(self, extent: Extent, index: int) -> Iterator[Read]:
+        for begin in range(0, extent.nbytes, PIECE_BYTES):
+            nbytes = min(PIECE_BYTES, extent.nbytes - begin)
+            memory = self._arena.view_of(index, extent.slot_offset + begin, nbytes)
+            yield extent.file, extent.file_offset + begin, min(nbytes, extent.needed_bytes - begin), memory
 
     def _arrived(self, slot: _Slot, error: Exception | None) -> None:
-        """On the reader thread."""
+        """On a reader thread."""
         with self._changed:
-            slot.is_loading = False
-            slot.error = error
-            slot.layer = slot.layer if error is None else None
+            slot.under_way -= 1
+            slot.error = slot.error or error
+            if slot.error is not None and not slot.under_way:
+                slot.layer = None
             self._changed.notify_all()
 
 

@@ -2,8 +2,8 @@
 
 The compute thread calls ``request`` (what this layer needs), ``take`` (the next expert that is there) and ``release``;
 reader threads deliver. What is read next and who leaves memory for it is decided in ``plan.expert_reads``; here is what is in
-memory, behind one condition. The reader is given no more than it can do at once, so that a late demand never stands behind a
-row of guesses.
+memory, behind one condition. Streamed dense weights wait in the same line (``read_dense``). The reader is given no more than it
+can do at once, so that a late demand never stands behind a row of guesses.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter_ns
 
 import numpy as np
 
+from poise.errors import ReadError
 from poise.model.arena import Arena
 from poise.model.layout import ExpertSource, Weights
+from poise.model.reader import Done, Label, Read
 from poise.model.weights import Convert, Packed, scratch_bytes_for
 from poise.offload.handover import Handover
 from poise.offload.loader import Loader
 from poise.offload.slots import Slots, State
-from poise.plan.expert_reads import Holdings, Idle, NextRead, next_read
+from poise.plan.expert_reads import Dense, Holdings, Idle, NextRead, next_read
 from poise.plan.outlook import Foreseen, Outlook
 from poise.plan.residency import Key
 from poise.plan.schedule import Policy
@@ -42,6 +45,16 @@ class StoreCounters:
     prefetched: int = 0
     bytes_read: int = 0
     ahead: Hits = field(default_factory=Hits)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _DenseRead:
+    """A piece of dense weights that waits to be read, and the MoE layer that it leads to."""
+
+    read: Read
+    done: Done
+    label: Label
+    moe_layer: int
 
 
 class ExpertStore:
@@ -69,6 +82,7 @@ class ExpertStore:
         self._ahead: set[Key] = set()
         self._guesses = Guesses()
         self._pending: deque[Key] = deque()
+        self._dense: deque[_DenseRead] = deque()
         self._wanted: set[Key] = set()
         self._weights: dict[Key, Weights | Packed] = {}
         self._changed = threading.Condition()
@@ -113,6 +127,19 @@ class ExpertStore:
                     self._want((layer, expert))
             if self.policy.order == "index":
                 self._pending = deque(sorted(self._pending))
+            self._pump()
+
+    def open(self, files: Sequence[Path]) -> None:
+        """Opens files that dense weights will be read from. Raises ReadError."""
+        self._loader.open(files)
+
+    def read_dense(self, read: Read, done: Done, *, label: Label, moe_layer: int) -> None:
+        """Has dense weights read when their turn comes, in the order of the calls.
+
+        ``moe_layer``: the one they lead to. ``done``: as ``model.reader`` says; told of an error if the store closes first.
+        """
+        with self._changed:
+            self._dense.append(_DenseRead(read=read, done=done, label=label, moe_layer=moe_layer))
             self._pump()
 
     def judge(self, layer: int, chosen_TK: Ints) -> None:
@@ -194,6 +221,9 @@ class ExpertStore:
         with self._changed:
             self._closed = True
             self._pending.clear()
+            never, self._dense = self._dense, deque()
+        for each in never:
+            each.done(ReadError("the experts' store was closed before dense weights were read"))
         self._loader.close()
         self._handover.close()
 
@@ -244,12 +274,14 @@ class ExpertStore:
             found = Idle.CLOSED if self._closed else next_read(self.policy, self._outlook, *self._state())
             if isinstance(found, Idle):
                 reason = found
+            elif isinstance(found, Dense):
+                self._start_dense(self._dense.popleft())
             else:
                 self._start(found)
         if self._gaps is not None:
             self._gaps.note(None if self._under_way else reason, layer=self._outlook.layer)
 
-    def _state(self) -> tuple[Holdings, Key | None]:
+    def _state(self) -> tuple[Holdings, Key | None, int | None]:
         holdings = Holdings(
             absent_LE=self._absent_LE,
             idle_LE=self._idle_LE,
@@ -258,7 +290,8 @@ class ExpertStore:
             num_ahead=len(self._ahead),
             waiting=self._handover.waiting,
         )
-        return holdings, self._pending[0] if self._pending else None
+        dense_for = self._dense[0].moe_layer if self._dense else None
+        return holdings, self._pending[0] if self._pending else None, dense_for
 
     def _start(self, read: NextRead) -> None:
         key = read.key
@@ -276,6 +309,18 @@ class ExpertStore:
         self.counters.reads += 1
         self.counters.bytes_read += self._loader.nbytes(key)
         self._loader.start(key, slot, label="read ahead" if read.is_ahead else "read", done=self._arrived)
+
+    def _start_dense(self, dense: _DenseRead) -> None:
+        def arrived(error: Exception | None) -> None:
+            with self._changed:
+                self._under_way -= 1
+                self._pump()
+                self._changed.notify_all()
+            dense.done(error)
+
+        self._under_way += 1
+        self.counters.bytes_read += len(dense.read[3])
+        self._loader.read([dense.read], arrived, label=dense.label)
 
     def _evict(self, key: Key) -> None:
         """An expert that is still wanted gives way to one that must compute before it, and is read again."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from poise.model.arena import Arena
 from poise.model.layout import ExpertSource, Weights
 from poise.model.read_plan import ReadPlan, plan_reads
-from poise.model.reader import Reader
+from poise.model.reader import Done, Label, Read, Reader
 from poise.model.weights import Convert, Packed, check_bytes, stays_as_read, weights_in_slot
 from poise.plan.residency import Key
 from poise.spec.timeline import DISK, Timeline
@@ -77,6 +78,14 @@ class Loader:
             lambda error: done(key, *self._made(key, slot, plan, staging, error)),
             label=(label, {"layer": key[0], "expert": key[1], "bytes": plan.nbytes}),
         )
+
+    def open(self, files: Sequence[Path]) -> None:
+        """Opens files of what is no expert, too. Raises ReadError."""
+        self._reader.open(files)
+
+    def read(self, reads: Sequence[Read], done: Done, *, label: Label) -> None:
+        """Queues reads of what is no expert."""
+        self._reader.submit(reads, done, label=label)
 
     def laid_out(self, key: Key, slot: int) -> Weights:
         """Tensors over the slot of an expert whose bytes are its weights. They cost tens of microseconds: the compute thread

@@ -1,14 +1,15 @@
-"""Which expert is read next, and which leaves memory for it. Pure functions: what is known goes in, one read comes out.
+"""What is read next, and which expert leaves memory for it. Pure functions: what is known goes in, one read comes out.
 
-Demand comes first, in the order in which routers asked, or by number. Then, as the policy says, what nobody has asked for:
-that never displaces an expert whose next use is nearer.
+The order is that of need. Experts that were asked for come first, in the order in which routers asked, or by number. Then the
+dense weights on the way to the layer that follows, where these stream; then, as the policy says, experts of that layer that
+nobody has asked for, which never displace one whose next use is nearer; then dense weights behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,12 @@ class Holdings:
     waiting: Collection[Key]
 
 
+class Dense(Enum):
+    """Not an expert but dense weights are read next."""
+
+    FIRST_WAITING = "the first piece of dense weights that waits"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NextRead:
     """``evict``: who leaves memory for it; None: a slot is free."""
@@ -63,13 +70,29 @@ class NextRead:
     is_ahead: bool
 
 
-def next_read(policy: Policy, outlook: Outlook, holdings: Holdings, asked: Key | None) -> NextRead | Idle:
-    """``asked``: the first expert that was asked for and is absent; None: there is none."""
-    if asked is not None:
-        if holdings.num_free:
-            return NextRead(key=asked, evict=None, is_ahead=False)
-        evict = _farthest(outlook, holdings) or (_last_waiting(holdings, asked) if policy.order == "index" else None)
-        return Idle.SLOTS_IN_USE if evict is None else NextRead(key=asked, evict=evict, is_ahead=False)
+def next_read(
+    policy: Policy, outlook: Outlook, holdings: Holdings, asked: Key | None, dense_for: int | None = None
+) -> NextRead | Dense | Idle:
+    """``asked``: the first expert that was asked for and is absent; ``dense_for``: the MoE layer that the first dense weights
+    that wait lead to, or the number of layers behind the last. None: there is none."""
+    found = Idle.NOT_AHEAD if asked is None else _read_asked(policy, outlook, holdings, asked)
+    if isinstance(found, NextRead):
+        return found
+    if dense_for is not None and dense_for % outlook.num_layers == outlook.following:
+        return Dense.FIRST_WAITING
+    if asked is None:
+        found = _read_ahead(policy, outlook, holdings)
+    return Dense.FIRST_WAITING if isinstance(found, Idle) and dense_for is not None else found
+
+
+def _read_asked(policy: Policy, outlook: Outlook, holdings: Holdings, asked: Key) -> NextRead | Idle:
+    if holdings.num_free:
+        return NextRead(key=asked, evict=None, is_ahead=False)
+    evict = _farthest(outlook, holdings) or (_last_waiting(holdings, asked) if policy.order == "index" else None)
+    return Idle.SLOTS_IN_USE if evict is None else NextRead(key=asked, evict=evict, is_ahead=False)
+
+
+def _read_ahead(policy: Policy, outlook: Outlook, holdings: Holdings) -> NextRead | Idle:
     key = next_ahead(policy, outlook, holdings)
     if isinstance(key, Idle) or holdings.num_free:
         return key if isinstance(key, Idle) else NextRead(key=key, evict=None, is_ahead=True)
