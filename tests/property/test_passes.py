@@ -21,7 +21,9 @@ from tests.planning_cases import FixedCosts
 def test_a_pass_is_the_larger_of_disk_and_compute_and_the_last_inequality_says_which(
     rows: int, resident: int, ahead: int
 ) -> None:
-    costs = RooflineCosts(expert_bytes=9 * MIB, attention_bytes=20 * MIB, head_bytes=16 * MIB, itemsize=2)
+    costs = RooflineCosts(
+        expert_bytes=9 * MIB, attention_bytes=20 * MIB, head_bytes=16 * MIB, itemsize=2, expert_itemsize=2
+    )
     shape = PassShape(batch_size=16, decode_rows=rows, prefill_tokens=0, chunk_tokens=16, context_tokens=64)
     held = Held(resident=resident, ahead=ahead, streamed_bytes=0, cache_bytes_per_token=0)
     routing = Routing.uniform((64,) * 16, 8)

@@ -79,6 +79,7 @@ def jobs(draw: st.DrawFn) -> Job:
         attention_bytes=max(1, dense_bytes // layers),
         head_bytes=MIB,
         itemsize=2,
+        expert_itemsize=2,
         disk_bytes_per_s=draw(st.sampled_from([1e8, 1e9, 1e10])),
     )
     new = draw(st.integers(1, 500))
@@ -237,7 +238,9 @@ def test_one_disk_bound_sequence_more_per_pass_is_nearly_free_so_many_are_planne
         dense=(DensePlan(streamed=(), slot_bytes=0, memory_bytes=300 * MIB, bytes_per_pass=0),),
         slot_bytes=9 * MIB + 4 * KIB,
     )
-    costs = RooflineCosts(expert_bytes=9 * MIB, attention_bytes=20 * MIB, head_bytes=2 * MIB, itemsize=2)
+    costs = RooflineCosts(
+        expert_bytes=9 * MIB, attention_bytes=20 * MIB, head_bytes=2 * MIB, itemsize=2, expert_itemsize=2
+    )
     workload = Workload(prompt_tokens=(32,) * 512, new_tokens=(32,) * 512)
     plan = plan_pipeline(model, costs, workload, memory_bytes=2 * GIB)
     one = plan_pipeline(model, costs, workload, memory_bytes=2 * GIB, only=[(4, 1)])

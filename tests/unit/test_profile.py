@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from poise.cost.lookup import attention_curve, expert_curve, token_curve
+from poise.engine.blueprint import Options, draw_up
 from poise.errors import UsageError
+from poise.model.int4 import Int4Weight
 from poise.profile import calibrate as calibration
 from poise.profile import rates
 from poise.profile.calibrate import calibrate, default_cache_folder, machine_fingerprint
+from poise.profile.experts import load_experts
 from poise.profile.layers import Layers
 from poise.profile.measure import Measurement
 from poise.profile.rates import ExpertReads, copy_run, scratch_experts
@@ -63,6 +66,46 @@ def test_every_kind_of_work_is_measured(architecture: str, checkpoint: MakeCheck
     assert profile.machine.tier("dram").bytes_per_s > 0
     assert told == sorted(told)
     assert told[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_experts_in_4_bits_are_timed_with_their_own_kernel(architecture: str, checkpoint: MakeCheckpoint) -> None:
+    """gpt_oss has transposed matrices and biases."""
+    path = checkpoint(architecture, "bfloat16")
+    subject, plain = subject_of_checkpoint(path, int4=True), subject_of_checkpoint(path)
+    experts = load_experts(subject, scratch_bytes=MIB)
+    experts.ask(1)
+    _, weights = experts.take()
+    matrices = {param: shape for param, shape in subject.param_shapes.items() if len(shape) == 2}
+    assert weights.keys() == matrices.keys()
+    for param, shape in matrices.items():
+        matrix = weights[param]
+        assert isinstance(matrix, Int4Weight)
+        assert (matrix.outputs, matrix.inputs) == (shape if architecture == "qwen3_moe" else shape[::-1])
+    device = profile_machine([subject], TINY, on_progress=lambda *_: None).machine.device("cpu")
+    assert subject.expert_shape == replace(plain.expert_shape, dtype="int4")
+    assert (expert_curve(device, subject.expert_shape).seconds([1, 8, 100], [1, 2, 4]) > 0).all()
+    assert attention_curve(device, plain.attention_shape, row_tokens=1).seconds(3, 4) > 0
+    assert machine_fingerprint(subject, TINY) != machine_fingerprint(plain, TINY)
+
+
+def test_a_plan_of_experts_in_4_bits_goes_by_their_curve(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint("qwen3_moe", "bfloat16")
+    machine = profile_machine(
+        [subject_of_checkpoint(path), subject_of_checkpoint(path, int4=True)], TINY, on_progress=lambda *_: None
+    ).machine
+    device = machine.devices[0]
+    slow = [
+        replace(curve, points=tuple(replace(point, seconds=9.0) for point in curve.points))
+        if curve.shape.dtype == "int4"
+        else curve
+        for curve in device.curves
+    ]
+    machine = replace(machine, devices=(replace(device, curves=tuple(slow)),))
+    for quantize, is_slow in (("none", False), ("int4", True)):
+        drawn = draw_up(path, Options(machine=machine, quantize=quantize), makes_store=False)
+        assert drawn.costs.source == "measured on this machine"
+        assert (drawn.costs.layers.experts_s(1, 1) > 8) == is_slow
 
 
 def test_a_machine_says_what_it_was_measured_with(checkpoint: MakeCheckpoint) -> None:

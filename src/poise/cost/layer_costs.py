@@ -55,19 +55,23 @@ class MachineCosts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RooflineCosts:
-    """Every part at ``flops_per_s`` or at ``memory_bytes_per_s`` for its weights, whichever is slower."""
+    """Every part at ``flops_per_s`` or at ``memory_bytes_per_s`` for its weights, whichever is slower.
+
+    ``itemsize``, ``expert_itemsize``: bytes of a dense weight, and of one of an expert's.
+    """
 
     expert_bytes: int
     attention_bytes: int
     head_bytes: int
     itemsize: int
+    expert_itemsize: float
     flops_per_s: float = 100e9
     memory_bytes_per_s: float = 10e9
     disk_bytes_per_s: float = 1e9
 
     def attention_s(self, *, rows: int, row_tokens: int, context_tokens: int) -> float:
         """One batch through everything of a layer but its gate and its experts."""
-        return self._product_s(self.attention_bytes, rows * row_tokens)
+        return self._product_s(self.attention_bytes, rows * row_tokens, self.itemsize)
 
     def gate_s(self, tokens: int) -> float:
         """Next to nothing."""
@@ -75,12 +79,12 @@ class RooflineCosts:
 
     def experts_s(self, tokens: float, active: float) -> float:
         """``tokens`` rows in all through ``active`` experts, evenly."""
-        return active * self._product_s(self.expert_bytes, tokens / active)
+        return active * self._product_s(self.expert_bytes, tokens / active, self.expert_itemsize)
 
     def head_s(self, rows: int) -> float:
         """Logits of ``rows`` rows."""
-        return self._product_s(self.head_bytes, rows)
+        return self._product_s(self.head_bytes, rows, self.itemsize)
 
-    def _product_s(self, weight_bytes: int, tokens: float) -> float:
-        flops = 2 * weight_bytes / self.itemsize * tokens
+    def _product_s(self, weight_bytes: int, tokens: float, itemsize: float) -> float:
+        flops = 2 * weight_bytes / itemsize * tokens
         return max(weight_bytes / self.memory_bytes_per_s, flops / self.flops_per_s)

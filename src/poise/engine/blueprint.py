@@ -245,7 +245,7 @@ def draw_up(
             max_slots=options.expert_slots,
             may_move_cache=_may_move_cache(options, probed),
         ),
-        costs=layer_costs(machine, meta, modules, dtype.dtype, spec),
+        costs=layer_costs(machine, meta, modules, dtype.dtype, spec, int4=options.quantize == "int4"),
         routing=routing_of(checkpoint, spec, table=table, trace=options.trace),
     )
 
@@ -267,7 +267,10 @@ def _machine(
         return None
     if options.machine is None:
         weights_bytes = sum(source.nbytes for row in layout.experts_LE for source in row)
-        return measured_machine(checkpoint.path, dtype, weights_bytes=weights_bytes, budget_bytes=budget_bytes)
+        int4 = options.quantize == "int4"
+        return measured_machine(
+            checkpoint.path, dtype, int4=int4, weights_bytes=weights_bytes, budget_bytes=budget_bytes
+        )
     return options.machine if isinstance(options.machine, Machine) else Machine.load(Path(options.machine))
 
 

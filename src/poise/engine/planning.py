@@ -47,6 +47,8 @@ ORDINARY = Workload(prompt_tokens=(UNKNOWN_PROMPT_TOKENS,), new_tokens=(Sampling
 SHORTEST = Workload(prompt_tokens=(1,), new_tokens=(1,))
 """A budget too small even for it is refused before anything is loaded."""
 
+INT4_ITEMSIZE = 4.5 / 8
+"""Bytes of a weight in 4 bits, its share of scale and zero included."""
 ENOUGH_CHOICES = 8
 """A correlation table must have seen so many choices of the average expert for planning to go by it."""
 
@@ -59,22 +61,30 @@ class Costs:
     source: str
 
 
-def measured_machine(path: str | Path, dtype: torch.dtype, *, weights_bytes: int, budget_bytes: int) -> Machine | None:
+def measured_machine(
+    path: str | Path, dtype: torch.dtype, *, int4: bool, weights_bytes: int, budget_bytes: int
+) -> Machine | None:
     """What was measured for this model on this machine, now or before; None where that is not worth it.
 
     Takes up to half a GiB for some seconds: call it before the weights are loaded.
     """
     if min(weights_bytes, budget_bytes) < MEASURED_BYTES:
         return None
-    return calibrate(subject_of_checkpoint(path, dtype_for=lambda own: dtype))
+    return calibrate(subject_of_checkpoint(path, dtype_for=lambda own: dtype, int4=int4))
 
 
 def layer_costs(
-    machine: Machine | None, model: Any, modules: Sequence[ExpertsModule], dtype: torch.dtype, spec: ModelSpec
+    machine: Machine | None,
+    model: Any,
+    modules: Sequence[ExpertsModule],
+    dtype: torch.dtype,
+    spec: ModelSpec,
+    *,
+    int4: bool,
 ) -> Costs:
     """The model's layers on this machine. Shapes that the machine was not measured for are said, and estimated."""
     if machine is not None:
-        subject = Subject(name=spec.architecture, model=model, modules=tuple(modules), dtype=dtype)
+        subject = Subject(name=spec.architecture, model=model, modules=tuple(modules), dtype=dtype, int4=int4)
         try:
             shapes = LayerShapes(
                 expert=subject.expert_shape,
@@ -92,6 +102,7 @@ def layer_costs(
         attention_bytes=max(0, spec.dense_bytes - 2 * head_bytes) // spec.num_layers,
         head_bytes=head_bytes,
         itemsize=itemsize,
+        expert_itemsize=INT4_ITEMSIZE if int4 else itemsize,
     )
     return Costs(layers=estimates, source="estimated (small model or budget)")
 

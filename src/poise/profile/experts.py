@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from poise.model.arena import Arena
+from poise.model.int4 import GROUP, Int4Weight, padded_shape
 from poise.model.layout import ExpertSource, Weights
 from poise.model.moe_layer import run_experts
 from poise.model.read_plan import plan_reads
@@ -52,6 +53,9 @@ def load_experts(subject: Subject, *, scratch_bytes: int, device: str = "cpu") -
 
     For another ``device`` than the processor, copies there.
     """
+    if subject.int4:
+        assert device == "cpu", "the 4-bit kernel is the processor's"
+        return _in_4_bits(subject, scratch_bytes)
     nbytes = sum(_padded(shape, subject.dtype) for shape in subject.param_shapes.values())
     count = max(1, min(MAX_EXPERTS, subject.modules[0].num_experts, scratch_bytes // nbytes))
     sources = subject.sources_LE[0][:count] if subject.sources_LE is not None else ()
@@ -123,6 +127,30 @@ def _on(device: str, weights: Weights) -> Weights:
         assert isinstance(parts, tuple), "experts are timed as weights, not as what they are made from"
         moved[name] = tuple(part.to(device) for part in parts)
     return moved
+
+
+def _in_4_bits(subject: Subject, scratch_bytes: int) -> ResidentExperts:
+    """Random levels and scales in the kernel's form, outputs by inputs whatever the model's own order is."""
+    matrices = {param: shape for param, shape in subject.param_shapes.items() if len(shape) == 2}
+    nbytes = 9 * sum(map(math.prod, matrices.values())) // 16
+    count = max(1, min(MAX_EXPERTS, subject.modules[0].num_experts, scratch_bytes // nbytes))
+    order = -1 if subject.experts_module.is_transposed else 1
+    made: list[Weights] = []
+    for _ in range(count):
+        made.append({param: _random_4_bits(*shape[::order]) for param, shape in matrices.items()})
+    return ResidentExperts(made)
+
+
+def _random_4_bits(outputs: int, inputs: int) -> Int4Weight:
+    rows, columns = padded_shape(outputs, inputs)
+    return Int4Weight(
+        outputs=outputs,
+        inputs=inputs,
+        packed_NK=torch.randint(
+            256, (rows, columns // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        ),
+        scale_zero_GN2=fill_random(torch.empty(columns // GROUP, rows, 2, dtype=torch.bfloat16)),
+    )
 
 
 def _padded(shape: Sequence[int], dtype: torch.dtype) -> int:

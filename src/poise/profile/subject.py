@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ RANDOM_BLOCK = 1 << 20
 class Subject:
     """A model whose experts are taken out and whose seam is attached. ``sources_LE``: its experts on disk, or None.
 
-    The decoder layers up to MoE layer ``period`` (or the last) are in memory.
+    The decoder layers up to MoE layer ``period`` (or the last) are in memory. ``int4``: experts are multiplied with in 4 bits
+    (``model.int4``), whatever they are on disk.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Subject:
     modules: tuple[ExpertsModule, ...]
     dtype: torch.dtype
     sources_LE: Sequence[Sequence[ExpertSource]] | None = None
+    int4: bool = False
 
     @property
     def experts_module(self) -> Any:
@@ -70,7 +72,8 @@ class Subject:
     def expert_shape(self) -> Shape:
         matrices = 3 if getattr(self.experts_module, "has_gate", True) else 2
         inner = self.expert_flops_per_token // (2 * matrices * self.hidden)
-        return self._shape(max(1, inner))
+        shape = self._shape(max(1, inner))
+        return replace(shape, dtype="int4") if self.int4 else shape
 
     @property
     def attention_shape(self) -> Shape:
@@ -97,6 +100,7 @@ class Subject:
         """Models that share it take the same times: shapes, dtype, and the kinds of layers."""
         kinds = [repr(kind) for kind in _layer_kinds(self.model, self.modules)]
         facts = [type(self.model).__name__, str(self.dtype), self.param_shapes, kinds, self.vocabulary]
+        facts += ["int4"] * self.int4
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _shape(self, intermediate: int) -> Shape:
@@ -104,7 +108,7 @@ class Subject:
 
 
 def subject_of_checkpoint(
-    path: str | Path, *, dtype_for: Callable[[torch.dtype], torch.dtype] = lambda own: own
+    path: str | Path, *, dtype_for: Callable[[torch.dtype], torch.dtype] = lambda own: own, int4: bool = False
 ) -> Subject:
     """A checkpoint's shapes and its experts on disk. Raises CheckpointError for one that Poise does not run.
 
@@ -116,7 +120,7 @@ def subject_of_checkpoint(
     model = build_meta_model(config, dtype)
     modules = find_experts(model, config.model_type)
     layout = find_layout(checkpoint, model, modules, dtype)
-    return _prepared(checkpoint.path.name, model, modules, dtype, layout.experts_LE)
+    return replace(_prepared(checkpoint.path.name, model, modules, dtype, layout.experts_LE), int4=int4)
 
 
 def default_subjects() -> tuple[Subject, ...]:
