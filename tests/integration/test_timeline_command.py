@@ -32,9 +32,8 @@ def test_a_timeline_is_written_whole_and_its_bubbles_are_named(tmp_path: Path) -
     for phase in ("prefill", "decode"):
         ahead = facts[f"{phase}_ahead"]
         assert 0 <= ahead["hottest"] <= ahead["used"] <= ahead["named"]
-        assert ahead["named"] > 0
-        assert f"read ahead in {phase}: {ahead['named']:,} experts, {ahead['used_frac']:.0%} used" in run.stderr
-    assert facts["decode_ahead"]["hottest"] > 0
+        said = f"read ahead in {phase}: {ahead['named']:,} experts, {ahead['used_frac'] or 0:.0%} used"
+        assert (said in run.stderr) == (ahead["named"] > 0)
     assert {"attention", "expert", "read"} <= {event["name"] for event in events}
     assert f"timeline in {file}" in run.stderr
     assert "disk busy" in run.stderr

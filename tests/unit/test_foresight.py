@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import poise
+from poise import LLM, SamplingParams
 from poise.errors import ReadError
 from poise.model.arena import Arena
 from poise.offload.expert_store import ExpertStore
@@ -75,6 +78,21 @@ def test_a_foresight_that_fails_costs_reads_and_nothing_else(store: ExpertStore)
     take(store, 2)
     assert (store.counters.misses, store.counters.reads) == (3, 4)
     assert store.counters.ahead == Hits(named=1, used=0, hottest=0.0)
+
+
+def test_a_run_says_how_good_its_read_ahead_was_in_prefill_and_in_decode_apart() -> None:
+    """The bundled model in a fifth of its experts: whenever a layer's own are there, some of the next are read ahead."""
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    with LLM(Path(poise.__file__).parent / "assets" / "tiny-moe", memory="1GiB", expert_slots=40) as llm:
+        llm.generate(["def main():", "The cat sat"], params)
+        progress = llm.last_progress
+        counted = llm.runner.store.counters
+    assert progress is not None
+    both = progress.prefill_ahead + progress.decode_ahead
+    assert (both.named, both.used) == (counted.ahead.named, counted.ahead.used)
+    assert both.hottest == pytest.approx(counted.ahead.hottest)
+    assert 0 < progress.decode_ahead.hottest <= progress.decode_ahead.used <= progress.decode_ahead.named
+    assert 0 < progress.decode_ahead.named <= counted.prefetched
 
 
 def test_reads_are_in_the_order_of_need(checkpoint: MakeCheckpoint) -> None:
