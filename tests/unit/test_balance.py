@@ -91,6 +91,20 @@ def test_tokens_go_to_their_own_rank_first_and_then_in_order() -> None:
     assert dispatch_of(assignment, counts_RE, 2).tokens_ER(3).tolist() == [[0, 6, 0], [0, 0, 0]]
 
 
+def test_replicas_that_cannot_be_there_are_an_error_and_doubles_are_one() -> None:
+    counts_RE = skewed(2, 4)
+    one = balancer(np.ones(2), 4, replica_slots=1)
+    once, twice = (
+        one.divide(counts_RE, np.array(copies)) for copies in ([[0, 0, 1]], [[0, 0, 1], [0, 0, 1], [2, 1, 1]])
+    )
+    assert 0 < twice.assignment.tokens_ER(2)[0, 1] < counts_RE[:, 0].sum()
+    np.testing.assert_array_equal(once.assignment.tokens_ER(2), twice.assignment.tokens_ER(2))
+    with pytest.raises(AssertionError, match="more replicas"):
+        balancer(np.ones(2), 4, replica_slots=1).divide(
+            np.ones((2, 4), dtype=np.int32), np.array([[0, 0, 1], [1, 0, 1]])
+        )
+
+
 @pytest.mark.parametrize(
     ("slots", "message"),
     [([0, 1, 2, 2], r"missing: \[3\]"), ([0, 1, 2], "multiple"), ([0, 1, 2, 3, 4, 4], "0 to 3"), ([], "multiple")],

@@ -26,6 +26,7 @@ from poise.plan.balance_state import (
     Step,
     add_replica,
     curves_s_R,
+    holds,
     home_step,
     touch_curves,
 )
@@ -228,9 +229,14 @@ def _divide(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floa
     no_window_R = np.zeros(len(group.token_s_R))
     step, unbalanced_s = _at_home(counts_RE, group, in_frac_R, out_frac_R, no_window_R)
     home_s = curves_s_R(step, group.table).max()
+    taken_R = np.zeros(len(group.token_s_R), dtype=np.int64)
     for place in range(len(replica_N3)):
-        copy = add_replica(step, group, counts_RE, replica_N3[place, 0], replica_N3[place, 1], replica_N3[place, 2])
-        take_born(step, copy)
+        expert, source, target = replica_N3[place, 0], replica_N3[place, 1], replica_N3[place, 2]
+        if holds(step, expert, target):
+            continue
+        taken_R[target] += 1
+        assert taken_R[target] <= group.replica_slots, "more replicas on a rank than it has slots"
+        take_born(step, add_replica(step, group, counts_RE, expert, source, target))
     spread(step)
     seconds_R = curves_s_R(step, group.table)
     if seconds_R.max() > home_s:

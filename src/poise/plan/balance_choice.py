@@ -25,6 +25,7 @@ from poise.plan.balance_state import (
     drop_replica,
     empty_step,
     holds,
+    level_s,
     set_quota,
     slowest_s,
 )
@@ -36,6 +37,8 @@ HAND_OVER_WORK = 8
 """Setting so many copies takes about as long as one hand-over."""
 LINKS_FRAC = 0.4
 """Of a token's time in its expert, from which on its way decides which replicas come first."""
+LEAST_SAVED_FRAC = 0.005
+"""Of the time: what a replica must save on its rank's link beyond an active expert, to come for that alone."""
 LATE_ACTIVE = 0.5
 """So many active experts may a rank be late by, if that is more than ``LATE_FRAC``."""
 
@@ -131,8 +134,8 @@ def _save_links(step: Step, group: Group, counts_RE: Counts) -> None:
         its = step.rank_R[rank]
         least = min(least, its["active_s"] / its["out_s"])
         free += its["slots"]
-    open_E = np.empty(len(step.expert_E), dtype=np.int64)
-    count = 0
+    open_E, count = np.empty(len(step.expert_E), dtype=np.int64), 0
+    held_R, least_s = np.zeros(len(step.rank_R), dtype=np.bool_), LEAST_SAVED_FRAC * level_s(step)
     for expert in range(len(step.expert_E)):
         if step.expert_E[expert]["most"] > least:
             open_E[count] = expert
@@ -146,22 +149,35 @@ def _save_links(step: Step, group: Group, counts_RE: Counts) -> None:
         open_E[heaviest] = open_E[count - 1]
         count -= 1
         source = source_of(step, expert)
+        _mark_holders(step, expert, held_R)
         while source != NONE and free > 0:
-            best = _where_most_is_saved(step, counts_RE, expert)
+            best = _where_most_is_saved(step, counts_RE, expert, held_R, least_s)
             if best == NONE:
                 break
+            held_R[best] = True
             take_born(step, add_replica(step, group, counts_RE, expert, source, best))
             free -= 1
             source = source_of(step, expert)
 
 
 @compiled
-def _where_most_is_saved(step: Step, counts_RE: Counts, expert: int) -> int:
-    best, most_s = NONE, 0.0
+def _mark_holders(step: Step, expert: int, held_R: npt.NDArray[np.bool_]) -> None:
+    held_R[:] = False
+    place = step.expert_E[expert]["first"]
+    while place != NONE:
+        held_R[step.copy_C[place]["rank"]] = True
+        place = step.copy_C[place]["next"]
+
+
+@compiled
+def _where_most_is_saved(
+    step: Step, counts_RE: Counts, expert: int, held_R: npt.NDArray[np.bool_], least_s: float
+) -> int:
+    best, most_s = NONE, least_s
     for rank in range(len(step.rank_R)):
         its = step.rank_R[rank]
         saved_s = its["out_s"] * counts_RE[rank, expert] - its["active_s"]
-        if saved_s > most_s and its["slots"] > 0 and not holds(step, expert, rank):
+        if saved_s > most_s and its["slots"] > 0 and not held_R[rank]:
             best, most_s = rank, saved_s
     return best
 
@@ -260,6 +276,8 @@ def _best_hand_over(step: Step, group: Group, counts_RE: Counts, giver: int, goa
             tokens = min(quota, excess, room / its["token_s"])
             if its["gives"] > 0:  # it passes on what lies too much on it then
                 tokens = max(tokens, min(quota, excess / mine["gives"]))
+            if quota - tokens < LEAST_TOKENS:
+                tokens = quota
             if tokens < LEAST_TOKENS:
                 continue
             saved_s = tokens * token_s + in_s * min(local, tokens)

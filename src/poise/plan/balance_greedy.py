@@ -73,4 +73,4 @@ def _water_filling(step: Step, place: int, born: float, average: float) -> float
     movable = copy["quota"] - min(copy["quota"], copy["born"])
     local = min(born, movable)
     excess = max(0.0, step.rank_R[copy["rank"]]["tokens"] - local - average)
-    return float(local + min(movable - local, excess))
+    return float(local + int(min(movable - local, excess)))

@@ -63,7 +63,7 @@ def fill(step: Step, expert: int, late_s: float) -> None:
     they are too few for an active expert."""
     its = step.expert_E[expert]
     level = _level_of(step, its["first"], its["total"], late_s)
-    left, place, taker, most_in = its["total"], its["first"], NONE, -np.inf
+    left, place, taker, most = its["total"], its["first"], NONE, -1.0
     while place != NONE:
         copy = step.copy_C[place]
         tokens, _ = _tokens_at(copy, step.rank_R[copy["rank"]], level)
@@ -72,11 +72,11 @@ def fill(step: Step, expert: int, late_s: float) -> None:
             tokens = 0.0
         left -= tokens
         set_quota(step, place, tokens)
-        if copy["shut"] == 0 and tokens - copy["born"] > most_in:
-            taker, most_in = place, tokens - copy["born"]
+        if copy["shut"] == 0 and tokens > most:
+            taker, most = place, tokens
         place = copy["next"]
     if left > 0.0:
-        set_quota(step, taker, step.copy_C[taker]["quota"] + left)
+        set_quota(step, taker, most + left)
 
 
 @compiled

@@ -210,6 +210,8 @@ def take_born(step: Step, copy: int) -> None:
     place = step.expert_E[new["expert"]]["first"]
     first = step.copy_C[place]
     tokens = min(new["born"], first["quota"] - min(first["quota"], first["born"]))
+    if first["quota"] - tokens < LEAST_TOKENS:
+        tokens = first["quota"]
     if tokens >= LEAST_TOKENS:
         set_quota(step, place, first["quota"] - tokens)
         set_quota(step, copy, tokens)
