@@ -143,7 +143,7 @@ def test_the_command_line_starts_without_torch() -> None:
             ["place", "--trace", "t", "--machine", "h300", "--ranks", "8"],
             "neither a file nor one of h100, h200, one-slow",
         ),
-        (["place", "--trace", "t", "--machine", "h200", "--ranks", "0"], "--ranks is 0; it must be from 1 to 1024"),
+        (["place", "--trace", "t", "--machine", "h200", "--ranks", "0"], "--ranks is 0; it must be from 1 to 512"),
         (["place", "--trace", "t", "--machine", "h200", "--ranks", "8"], "choose one with --shape: 2048x512:bfloat16"),
         (
             ["place", "--trace", "t", "--machine", "h200", "--ranks", "8", "--shape", "1x1:bfloat16"],

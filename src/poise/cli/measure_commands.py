@@ -133,7 +133,7 @@ def place(
         int | None,
         typer.Option(
             metavar="N",
-            help="Most experts to move to another rank, all layers together; else those that save 0.1 % of their layer's time.",
+            help="Most experts to move to another rank, in all layers; else those that save 0.05 % of their layer's time.",
         ),
     ] = None,
     ranks_per_node: Annotated[

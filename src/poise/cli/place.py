@@ -243,7 +243,7 @@ def _sentences(summary: dict[str, Any]) -> tuple[str, str]:
         moves = "Moves: not counted, as no --current is given; an engine that starts with the file moves nothing."
     else:
         least = summary["least_gain_frac"]
-        why = "--max-moves" if least is None else f"each saves {least:.1%} of its layer's time or more"
+        why = "--max-moves" if least is None else f"each saves {least:.2%} of its layer's time or more"
         moves = f"Moves: {summary['moves']} experts change their rank, {format_bytes(summary['moved_bytes'])} ({why})."
     stretches = len(summary["held_out_gains"])
     how = f"on steps the plan has not seen, {stretches} stretches" if stretches else "one step only, not held out"

@@ -14,6 +14,8 @@ from poise.plan.layer_state import CostTable, Layer, Limits, active_of, rank_s
 
 GOOD_FRAC = 0.4
 """A swap is taken without a look at further ranks when it closes this share of the gap between two ranks."""
+TRIED_RANKS = 6
+"""The fastest ranks have most room: further ones are tried only where none of these has a slot to swap."""
 LEAST_GAIN_FRAC = 1e-9
 """Smaller gains are rounding."""
 
@@ -30,10 +32,10 @@ class Change(NamedTuple):
 
 
 @compiled
-def best_swap(layer: Layer, table: CostTable, limits: Limits, thorough: bool) -> Change:
+def best_swap(layer: Layer, table: CostTable, limits: Limits) -> Change:
     """The swap of a slot of the slowest rank for one of another that leaves the slower of the two fastest.
 
-    Ranks are tried from the fastest on; unless ``thorough``, a good swap ends the search.
+    Ranks are tried from the fastest on; a good swap ends the search, any swap after ``TRIED_RANKS`` of them.
     """
     slowest = int(np.argmax(layer.seconds_R))
     worst_s = layer.seconds_R[slowest]
@@ -41,11 +43,13 @@ def best_swap(layer: Layer, table: CostTable, limits: Limits, thorough: bool) ->
     first = slowest // limits.ranks_per_node * limits.ranks_per_node
     left_R = layer.seconds_R[first : first + limits.ranks_per_node].copy()
     tokens_here, active_here = layer.tokens_R[slowest], layer.active_R[slowest]
-    for _ in range(limits.ranks_per_node):
+    for tried in range(limits.ranks_per_node):
         rank = first + int(np.argmin(left_R))
         left_R[rank - first] = np.inf
         gap_s = worst_s - layer.seconds_R[rank]
-        if rank == slowest or gap_s <= 0.0 or (not thorough and best.worst_s < worst_s - GOOD_FRAC * gap_s):
+        if rank == slowest or gap_s <= 0.0 or best.worst_s < worst_s - GOOD_FRAC * gap_s:
+            break
+        if tried >= TRIED_RANKS and best.slot >= 0:
             break
         for slot in range(slowest * limits.slots_per_rank, (slowest + 1) * limits.slots_per_rank):
             expert = layer.slot_S[slot]
@@ -66,13 +70,14 @@ def best_swap(layer: Layer, table: CostTable, limits: Limits, thorough: bool) ->
 
 
 @compiled
-def best_copy(layer: Layer, table: CostTable, limits: Limits) -> Change:
-    """The best replacement of a copy by a copy of another expert that relieves the slowest rank.
+def best_copy(layer: Layer, table: CostTable, limits: Limits, limit_s: float) -> Change:
+    """The best replacement of a copy by a copy of another expert that brings the slowest rank, and those that then get more to
+    do, below ``limit_s``; slot -1 for none.
 
     Either an expert of the slowest rank gets a further copy elsewhere, or a copy on the slowest rank gives way.
     """
     slowest = int(np.argmax(layer.seconds_R))
-    best = Change(-1, -1, -1, -1, layer.seconds_R[slowest] * (1.0 - LEAST_GAIN_FRAC))
+    best = Change(-1, -1, -1, -1, min(limit_s, layer.seconds_R[slowest] * (1.0 - LEAST_GAIN_FRAC)))
     return _copy_away(layer, table, limits, slowest, _copy_elsewhere(layer, table, limits, slowest, best))
 
 
@@ -87,9 +92,9 @@ def _copy_elsewhere(layer: Layer, table: CostTable, limits: Limits, slowest: int
         copies = layer.holds_ER[new, slowest]
         tokens = layer.tokens_R[slowest] - copies * (layer.each_E[new] - after)
         here_s = rank_s(table, slowest, tokens, layer.active_R[slowest] - copies * (layer.share_E[new] - share))
-        if here_s >= best.worst_s:
-            continue
         for slot in range(first * slots_per_rank, (first + limits.ranks_per_node) * slots_per_rank):
+            if here_s >= best.worst_s:
+                break
             old, rank = layer.slot_S[slot], slot // slots_per_rank
             if (
                 layer.copies_E[old] < 2

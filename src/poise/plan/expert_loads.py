@@ -36,5 +36,5 @@ def slot_tokens(load_LE: Floats, slot_to_expert_LS: Ints) -> Floats:
 def rank_loads(load_LE: Floats, slot_to_expert_LS: Ints, num_ranks: int) -> tuple[Floats, Floats]:
     """(tokens, active slots) of each rank in a step; shape (L, R) each."""
     tokens_LS = slot_tokens(load_LE, slot_to_expert_LS)
-    by_rank = (len(tokens_LS), num_ranks, -1)
+    by_rank = (len(tokens_LS), num_ranks, tokens_LS.shape[1] // num_ranks)
     return tokens_LS.reshape(by_rank).sum(axis=2), active_share(tokens_LS).reshape(by_rank).sum(axis=2)

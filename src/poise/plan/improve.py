@@ -39,9 +39,9 @@ def improve_layer(layer: Layer, table: CostTable, limits: Limits, target_s: floa
         even_s /= throughput
         if worst_s <= max(target_s, even_s * (1.0 + EVEN_FRAC)):
             return count
-        change = best_swap(layer, table, limits, False)
+        change = best_swap(layer, table, limits)
         if change.slot < 0:
-            change = best_copy(layer, table, limits)
+            change = best_copy(layer, table, limits, worst_s)
         if change.slot < 0:
             return count
         apply_change(layer, table, limits, change)
@@ -76,7 +76,8 @@ def repair_layers(
         seconds_LC[index, 0] = worst_s
         price_s, least, least_at, moves = least_gain_frac * worst_s, worst_s, 0, 0
         for count in range(most_changes):
-            if worst_s <= target_L[index] or count - least_at >= patience:
+            is_hopeless = target_L[index] + price_s * (moves + 1) >= least
+            if worst_s <= target_L[index] or is_hopeless or count - least_at >= patience:
                 break
             change = _best_for_its_moves(layer, table, limits, worst_s, target_L[index])
             if change.slot < 0:
@@ -97,10 +98,10 @@ def repair_layers(
 @compiled
 def _best_for_its_moves(layer: Layer, table: CostTable, limits: Limits, worst_s: float, target_s: float) -> Change:
     """A swap or a copy, whichever gains more for each move on the way to ``target_s``; slot -1 if neither gains."""
-    swap, copy = best_swap(layer, table, limits, False), best_copy(layer, table, limits)
+    swap = best_swap(layer, table, limits)
     swap_gain = (worst_s - max(swap.worst_s, target_s)) / 2 if swap.slot >= 0 else 0.0
-    copy_gain = worst_s - max(copy.worst_s, target_s) if copy.slot >= 0 else 0.0
-    return copy if copy_gain >= swap_gain else swap
+    copy = best_copy(layer, table, limits, worst_s - swap_gain)
+    return copy if copy.slot >= 0 else swap
 
 
 @compiled

@@ -12,12 +12,14 @@ from poise.plan.expert_loads import Floats, Ints
 from poise.plan.improve import improve_layer
 from poise.plan.layer_state import CostTable, Layer, Limits, active_of, append, empty_layer, rank_s
 
-WORTH_FRAC = 1e-3
+WORTH_FRAC = 3e-3
 """A layer this close to its target is not packed anew."""
-HEAVIEST_FRACS = (1e9, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
+HEAVIEST_FRACS = (1e9, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Heaviest copies that are tried, over an even share of the tokens; the first: no expert gets copies for its weight."""
 MOST_STARTS = 2
 """Of these packings so many, the most promising, are improved."""
+FEW_SLOTS = 64
+"""Where there are no more, all are."""
 PACKED_WEIGHT = 0.2
 """What a packing is slower than its even share counts little: improving takes most of it away."""
 
@@ -146,7 +148,8 @@ def _other_copies(
         seconds.append(even_s + PACKED_WEIGHT * (other.seconds_R.max() - even_s))
     order = np.argsort(np.array(seconds), kind="mergesort")
     best = layer
-    for index in order[: min(MOST_STARTS, len(order) - 1)]:
+    most_starts = len(order) if num_slots <= FEW_SLOTS else MOST_STARTS
+    for index in order[: min(most_starts, len(order) - 1)]:
         if best.seconds_R.max() <= target_s:
             break
         other = starts[index]

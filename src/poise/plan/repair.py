@@ -46,6 +46,11 @@ class Repair:
         return np.asarray(np.take_along_axis(_moves_until(self.changes_LC5), self.counts_L[:, None], axis=1)[:, 0])
 
     @property
+    def cost_L(self) -> Floats:
+        """Seconds, with the price of the moves."""
+        return np.asarray(self.seconds_L + self.price_L * self.moves_L)
+
+    @property
     def slot_to_expert_LS(self) -> Ints:
         """With the changes made."""
         repaired_LS = self.current_LS.copy()
