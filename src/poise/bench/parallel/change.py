@@ -66,10 +66,14 @@ def switch_domain(session: Session, case: Case, directory: Path, *, rows_per_ran
 
 
 def recovered_at(step_P: Sequence[float] | npt.NDArray[np.float64], change: int) -> int | None:
-    """Passes after pass ``change`` until the running median first comes within a tenth of where the run ends; 0 where it never
-    leaves that."""
+    """Passes after pass ``change`` until the running median first comes within a tenth of where the run ends; 0 where the
+    change made nothing slower, None where the run ends about as slow as the change made it."""
     steps = np.asarray(step_P, dtype=float)
     level = float(np.median(steps[-SETTLED:]))
+    before = float(np.median(steps[max(0, change - SETTLED) : change]))
+    worst = float(np.median(steps[change : change + SMOOTH]))
+    if worst > before * (1 + NEAR_FRAC) and level * (1 + NEAR_FRAC) > worst:
+        return None
     for begin in range(change, len(steps) - SMOOTH + 1):
         if float(np.median(steps[begin : begin + SMOOTH])) <= level * (1 + NEAR_FRAC):
             return begin - change
