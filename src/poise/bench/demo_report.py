@@ -143,8 +143,9 @@ def _share(report: DemoReport) -> str:
 def _plan_line(plan: Mapping[str, Any]) -> str:
     """The plan as ``LLM.describe`` gives it."""
     reads = "direct reads" if plan["direct_io"] else "reads through the page cache"
+    batches = "1 batch" if plan["num_batches"] == 1 else f"{plan['num_batches']} batches"
     return (
         f"The plan: {plan['expert_slots']} of {plan['experts']} experts in memory at a time, "
-        f"{format_bytes(plan['expert_bytes'])} each, {reads}; {plan['num_batches']} batches of up to "
+        f"{format_bytes(plan['expert_bytes'])} each, {reads}; {batches} of up to "
         f"{plan['batch_size']} sequences in lockstep, prompts in chunks of {plan['chunk_tokens']} tokens."
     )
