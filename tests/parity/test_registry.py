@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from poise import LLM
 from poise.errors import CheckpointError
 from poise.model.cache import make_cache, needs_equal_rows, needs_whole_prompts
+from poise.model.inspect import find_experts
+from poise.model.lookahead import Lookahead
+from poise.model.seam import Forward
 from tests.parity.registry_configs import CORRECTIONS, EXPERTS, model_types
 from tests.parity.registry_runs import (
     LENGTHS,
@@ -42,6 +45,9 @@ if transformers.__version__.startswith("5.17."):
 WRAPPED = ["dbrx", "llama4_text", "longcat_flash"]
 EQUAL_ROWS = ["deepseek_v4", "minimax", "minimax_m3_vl_text"]
 WHOLE_PROMPTS = ["jamba", "minimax"]
+NOT_ASKED_EARLY = {"deepseek_v4": 2, "gemma4_text": 4, "zaya": 3}
+"""Layers of the tiny configuration whose routers look at more than the hidden states that their experts get: at token ids, at
+other hidden states, at a state that goes from router to router."""
 BF16_TOLERANCE = 0.01
 """Of the median position, as in test_parity."""
 
@@ -85,6 +91,28 @@ def test_a_class_of_the_registry_equals_plain_transformers_or_is_refused(
     )
     assert outcome.num_experts >= EXPERTS > 2 * SLOTS
     assert outcome.misses >= outcome.num_experts - SLOTS, "the experts were not streamed"
+
+
+@pytest.mark.parametrize("model_type", model_types())
+def test_routers_taken_out_choose_what_the_model_chooses_or_are_known_not_to(model_type: str, tried: TryClass) -> None:
+    outcome, path = tried(model_type)
+    if outcome.kind != "runs":
+        pytest.skip(outcome.line)
+    with LLM(path, memory="1GiB", expert_slots=SLOTS) as llm:
+        model, modules = llm.runner.model, find_experts(llm.runner.model, model_type)
+        lookahead = Lookahead.of_model(model, modules)
+        asked = 0
+        with torch.inference_mode():
+            forward = Forward(lambda: model(input_ids=torch.tensor([prompts()[1]]), use_cache=False).logits)
+            parked = forward.start()
+            while parked is not None:
+                layer = next(at for at, each in enumerate(modules) if model.get_submodule(each.name) is parked.module)
+                if str(layer) in lookahead.routers:
+                    asked += 1
+                    assert torch.equal(lookahead.own_choices_TK(layer, parked.hidden_TH), parked.top_k_index_TK)
+                parked = forward.resume(torch.randn_like(parked.hidden_TH))
+    kind = model.config.get_text_config().model_type
+    assert asked == len(modules) - NOT_ASKED_EARLY.get(kind, 0)
 
 
 @pytest.mark.parametrize("model_type", model_types())

@@ -1,0 +1,174 @@
+"""One layer's router, taken out of its model: it asks the model's own selection code, and shares the weights' memory.
+
+Softmax, sigmoid, biases, group limits, sparse mixers: whatever the class does is run as it is. What a predictor adds to the
+logits is put in where the class computes them, by its one linear map onto the experts.
+Letters: T tokens, H hidden size, E experts (idle ones included), K choices.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from poise.model.lookahead_sites import FromModel, RouterSite
+from poise.model.seam import Forward
+from poise.model.wide import WideLinear
+
+
+class FrozenRouter(nn.Module):
+    """A router that can be asked outside its model, about any hidden states. Not trained.
+
+    ``num_experts``: idle ones included; ``num_outputs``: the logits it computes, which may be more (shared experts').
+    Its weights must be in memory, not streamed.
+    """
+
+    def __init__(self, model: nn.Module, site: RouterSite, num_experts: int) -> None:
+        super().__init__()
+        self._site = site
+        self.hidden_size = site.hidden_size
+        self.router = frozen_copy(model.get_submodule(site.module))
+        self._own = {
+            value.name: _of_model(model, value.name)
+            for value in [*site.arguments, *site.keywords.values()]
+            if isinstance(value, FromModel)
+        }
+        weights = [*self.router.parameters(), *self._own.values()]
+        self.device = weights[0].device
+        self.is_loaded = not any(tensor.is_meta for tensor in weights)
+        """Whether its weights are in memory: those of a layer that streams are not."""
+        self.num_outputs = num_experts
+        trial = self._trial(num_experts) if self.is_loaded else None
+        self.has_logits = trial is not None and len(trial.seen) == 1
+        """Whether something can be added to the logits: the class must compute them in one linear map."""
+        if trial is not None and self.has_logits:
+            self.num_outputs = trial.num_outputs
+        self.scores = "other" if trial is None else trial.scores
+        """What it makes of its logits: ``softmax``, ``sigmoid`` (one expert does not lower another), or ``other``."""
+
+    def choices_TK(self, hidden_TH: torch.Tensor, added_TE: torch.Tensor | None = None) -> torch.Tensor:
+        """What the router chooses for these hidden states, int64; ``added_TE`` is added to its logits."""
+        with torch.inference_mode():
+            return self._run(hidden_TH, _Logits(self.num_outputs, added_TE)).to(torch.int64)
+
+    def logits_TE(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """Its logits as fp32, outside any graph."""
+        assert self.has_logits, "this router has no logits"
+        logits = _Logits(self.num_outputs, None)
+        with torch.no_grad():
+            self._run(hidden_TH, logits)
+        return logits.seen[0].reshape(-1, self.num_outputs).float()
+
+    def _trial(self, num_experts: int) -> _Logits:
+        """What can be seen of its logits when it is asked about anything."""
+        hidden_TH = torch.ones(2, self.hidden_size, dtype=self._site.dtype, device=self.device)
+        with torch.inference_mode():
+            maps = _Logits(num_experts, None)
+            self._run(hidden_TH, maps)
+            if not maps.seen and len(maps.wider) == 1:
+                maps = _Logits(maps.wider[0], None)
+                self._run(hidden_TH, maps)
+        return maps
+
+    def _run(self, hidden_TH: torch.Tensor, logits: _Logits) -> torch.Tensor:
+        """(T, K) choices."""
+        site = self._site
+        hidden = hidden_TH.to(site.dtype)
+        hidden = hidden if site.hidden_dims == 2 else hidden[None]
+        arguments = [self._filled(value) for value in site.arguments]
+        keywords = {name: self._filled(value) for name, value in site.keywords.items()}
+        if isinstance(site.hidden_at, int):
+            arguments[site.hidden_at] = hidden
+        else:
+            keywords[site.hidden_at] = hidden
+        if site.is_block:
+            return self._up_to_experts(arguments, keywords, logits)
+        with logits:
+            output = self.router(*arguments, **keywords)
+        index: torch.Tensor = output if site.index_at is None else output[site.index_at]
+        return index.reshape(len(hidden_TH), -1)
+
+    def _up_to_experts(self, arguments: list[Any], keywords: dict[str, Any], logits: _Logits) -> torch.Tensor:
+        """The block, until it parks. The mode spans the park, but nothing else runs before the block is ended."""
+
+        def run() -> torch.Tensor:
+            with logits:
+                output: torch.Tensor = self.router(*arguments, **keywords)
+                return output
+
+        block = Forward(run)
+        try:
+            parked = block.start()
+            assert parked is not None, "the block ended without its experts"
+            return parked.top_k_index_TK
+        finally:
+            block.abort()
+
+    def _filled(self, value: Any) -> Any:
+        return self._own[value.name] if isinstance(value, FromModel) else value
+
+
+class _Logits(TorchFunctionMode):
+    """While it is on, takes down what the linear maps onto the experts return, with ``added_TE`` added to it."""
+
+    def __init__(self, num_outputs: int, added_TE: torch.Tensor | None) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        self._added_TE = added_TE
+        self.seen: list[torch.Tensor] = []
+        self.wider: list[int] = []
+        self.scores = "other"
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and result.shape[-1] > self.num_outputs:
+            self.wider.append(result.shape[-1])
+        elif func is nn.functional.linear and result.shape[-1] == self.num_outputs:
+            if self._added_TE is not None:
+                result = result + self._added_TE.view(result.shape).to(result.dtype)
+            self.seen.append(result)
+        elif self.seen and self.scores == "other" and func in _SCORES:
+            self.scores = _SCORES[func]
+        return result
+
+
+_SCORES: dict[Any, str] = {
+    torch.softmax: "softmax",
+    nn.functional.softmax: "softmax",
+    torch.Tensor.softmax: "softmax",
+    torch.sigmoid: "sigmoid",
+    nn.functional.sigmoid: "sigmoid",
+    torch.Tensor.sigmoid: "sigmoid",
+}
+
+
+def frozen_copy(module: nn.Module) -> Any:
+    """A module of the same class over the same memory: no hooks, no gradients, and linear layers as transformers has them.
+
+    Methods that were bound to the module are bound to the copy.
+    """
+    copied = module.__class__.__new__(nn.Linear if type(module) is WideLinear else module.__class__)
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            value = MethodType(value.__func__, copied)
+        copied.__dict__[name] = OrderedDict() if "_hooks" in name else value
+    copied.__dict__["_parameters"] = {
+        name: None if value is None else nn.Parameter(value.detach(), requires_grad=False)
+        for name, value in module._parameters.items()
+    }
+    copied.__dict__["_buffers"] = dict(module._buffers)
+    copied.__dict__["_modules"] = {
+        name: None if child is None else frozen_copy(child) for name, child in module._modules.items()
+    }
+    copied.training = False
+    return copied
+
+
+def _of_model(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, key = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(path), key)
+    return tensor.detach()
