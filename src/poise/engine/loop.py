@@ -12,7 +12,7 @@ import torch
 from poise.engine.batch import Batch, Row
 from poise.engine.request import Progress
 from poise.engine.runner import ForwardInputs
-from poise.model.cache import make_cache, needs_equal_rows
+from poise.model.cache import keep_in_place, make_cache, needs_equal_rows
 from poise.offload.kv_stream import KvStream
 from poise.plan.group import GroupShape
 from poise.predict.hits import Hits
@@ -139,9 +139,11 @@ class Loop:
 
     def _make_cache(self, rows: Sequence[Row]) -> Any:
         cache, kv = make_cache(self._runner.model), self._runner.kv
-        if kv is not None:
-            width = max(len(row.prompt_ids) for row in rows)
-            longest = max(width - len(row.prompt_ids) + row.total_tokens for row in rows)
+        width = max(len(row.prompt_ids) for row in rows)
+        longest = max(width - len(row.prompt_ids) + row.total_tokens for row in rows)
+        if kv is None:
+            keep_in_place(self._runner.model, cache, final_tokens=longest)
+        else:
             kv.adopt(self._runner.model, cache, rows=len(rows), final_tokens=longest)
         return cache
 

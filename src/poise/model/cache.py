@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from poise.errors import CheckpointError
+from poise.model.grown_cache import GrownLayer
 
 WHOLE_PROMPTS = {
     "jamba": "its state-space layers begin anew in every pass of more than one token",
@@ -36,13 +37,20 @@ def make_cache(model: Any) -> Any:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
+def keep_in_place(model: Any, cache: Any, *, final_tokens: int) -> None:
+    """Has an empty cache's attention layers lie in one place each, for rows of at most ``final_tokens`` tokens."""
+    for place in movable_layers(model, cache):
+        cache.layers[place] = GrownLayer(final_tokens)
+
+
 def drop_rows(cache: Any, keep: torch.Tensor, num_rows: int) -> None:
     """Leaves the rows at the indices ``keep`` (int64) of ``num_rows`` in the cache, in that order.
 
     Some classes' ``reorder_cache`` forgets states of their own (MiniMax; in transformers 5.17 DeepSeek-V4 and Qwen4): a
     tensor that it left as it was, with a row for every row, is cut here.
     """
-    states = [vars(cache), *(vars(layer) for layer in cache.layers)]
+    others = [layer for layer in cache.layers if not isinstance(layer, GrownLayer)]
+    states = [vars(cache), *map(vars, others)]
     before = [tensor for each in states for tensor in tensors_in(each)]
     cache.reorder_cache(keep)
     untouched = {id(tensor) for tensor in before}

@@ -14,7 +14,9 @@ OVERHEAD_BYTES = 80 * MIB
 WIDE_BYTES = 4
 """Of an element that goes in and out of a product: those with bf16 matrices may be computed in fp32."""
 CACHE_SLACK = 8
-"""Caches take an eighth more than their bytes: growing, each leaves holes that are too small for the next (measured: 14 %)."""
+"""Caches that grow take an eighth more than their bytes: each leaves holes that are too small for the next (measured: 14 %)."""
+PLACED_SLACK = 64
+"""Those that lie in one place from the start take what begins and ends within a page."""
 WIDE_BLOCK_BYTES = 6 << 20
 """Of such a matrix, what is fp32 at a time: little enough for the processor's cache, and for the heap to keep."""
 MAX_EXPERT_ROWS = 512
@@ -89,8 +91,9 @@ class CacheTokens:
         return self.sum_R[min(rows, len(self.sum_R) - 1)]
 
     def bytes_in(self, cache: CacheSpec, rows: int) -> int:
-        """Caches of the rows that can run at once and take most; growing a layer copies it."""
+        """Caches of the rows that can run at once and take most; a layer that grows, or loses rows, is copied."""
         rows = min(rows, len(self.sum_R) - 1)
         copied = self.batch_size * self.longest * cache.largest_layer_bytes_per_token
-        whole = rows * cache.state_bytes + self.most(rows) * cache.bytes_per_token
-        return whole + whole // CACHE_SLACK + 2 * copied
+        placed = self.most(rows) * cache.movable_bytes_per_token
+        grown = rows * cache.state_bytes + self.most(rows) * (cache.bytes_per_token - cache.movable_bytes_per_token)
+        return placed + placed // PLACED_SLACK + grown + grown // CACHE_SLACK + 2 * copied

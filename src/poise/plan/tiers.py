@@ -10,6 +10,8 @@ from poise.plan.candidates import Candidate, PipelineModel
 from poise.plan.dense import NUM_SLOTS, DensePlan
 from poise.plan.memory import OVERHEAD_BYTES
 
+STREAMING = 4
+"""Slots that experts pass through even where none is read ahead: two being read, and those that wait or compute."""
 Tier = Literal["memory", "disk"]
 
 
@@ -35,8 +37,8 @@ def tiers_of(
 
 
 def num_resident(model: PipelineModel, num_slots: int, ahead: int) -> int:
-    """Experts that stay: all where each has a slot, else those that the disk does not read ahead into."""
-    return num_slots if num_slots == sum(model.spec.experts_L) else max(0, num_slots - ahead)
+    """Experts that stay: all where each has a slot, else those that none of the others pass through."""
+    return num_slots if num_slots == sum(model.spec.experts_L) else max(0, num_slots - max(ahead, STREAMING))
 
 
 def _in_memory(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from poise.model.cache import drop_rows, make_cache, tensors_in
+from poise.model.cache import drop_rows, keep_in_place, make_cache, tensors_in
 from poise.model.seam import Forward
 from poise.profile.measure import Clock, Run
 from poise.profile.subject import Subject
@@ -35,7 +35,7 @@ class Layers:
         self._device = device
         self._stops = min(subject.period + 1, len(subject.modules))
         self._entered_s = 0.0
-        self._one_row: dict[int, Any] = {}
+        self._one_row: dict[tuple[int, int | None], Any] = {}
         self._accepted = frozenset(inspect.signature(self._model.forward).parameters)
         blocks = [module.name.rpartition(".")[0] for module in subject.modules[: self._stops]]
         self._hooks = [self._model.get_submodule(name).register_forward_pre_hook(self._enter) for name in blocks]
@@ -55,7 +55,7 @@ class Layers:
         Its quantities are seconds of attention and of the gate, each for one MoE layer, the mean of a period of layers.
         """
         assert 1 <= row_tokens <= context_tokens, "a context ends with the tokens of the pass"
-        filled = self._filled_cache(rows, context_tokens - row_tokens)
+        filled = self._filled_cache(rows, context_tokens - row_tokens, context_tokens)
 
         def run() -> tuple[float, ...]:
             return self._timed(rows, row_tokens, context_tokens, _own_copy(filled))
@@ -64,19 +64,26 @@ class Layers:
 
     def cache_bytes(self, tokens: int) -> int:
         """What one sequence of so many tokens takes at most in the layers that are run (less where a window slides)."""
-        few, more = (_nbytes(self._filled_cache(1, count)) for count in PROBE_TOKENS)
+        few, more = (_nbytes(self._filled_cache(1, count, None)) for count in PROBE_TOKENS)
         return few + (more - few) * max(0, tokens - PROBE_TOKENS[0]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0])
 
-    def _filled_cache(self, rows: int, tokens: int) -> Any:
-        """A cache of ``rows`` equal sequences; one is computed, once."""
+    def _filled_cache(self, rows: int, tokens: int, final_tokens: int | None) -> Any:
+        """A cache of ``rows`` equal sequences, in one place where a final length is given; one is computed, once."""
         if not tokens:
-            return make_cache(self._model)
-        if tokens not in self._one_row:
-            self._one_row[tokens] = make_cache(self._model)
-            self._timed(1, tokens, tokens, self._one_row[tokens])
-        cache = copy.deepcopy(self._one_row[tokens])
+            return self._empty_cache(final_tokens)
+        key = (tokens, final_tokens)
+        if key not in self._one_row:
+            self._one_row[key] = self._empty_cache(final_tokens)
+            self._timed(1, tokens, tokens, self._one_row[key])
+        cache = copy.deepcopy(self._one_row[key])
         if rows > 1:
             drop_rows(cache, torch.zeros(rows, dtype=torch.long, device=self._device), 1)
+        return cache
+
+    def _empty_cache(self, final_tokens: int | None) -> Any:
+        cache = make_cache(self._model)
+        if final_tokens is not None:
+            keep_in_place(self._model, cache, final_tokens=final_tokens)
         return cache
 
     def _timed(self, rows: int, row_tokens: int, context_tokens: int, cache: Any) -> tuple[float, float]:
@@ -124,7 +131,7 @@ def _put(model: torch.nn.Module, device: str) -> None:
 
 
 def _own_copy(cache: Any) -> Any:
-    """A cache that grows by itself: its layers share the tensors, which attention replaces and does not change."""
+    """A cache that grows by itself: its layers share the tensors, of which attention changes none but behind the past."""
     own = copy.copy(cache)
     own.layers = [copy.copy(layer) for layer in cache.layers]
     return own
