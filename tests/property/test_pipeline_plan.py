@@ -13,6 +13,7 @@ from poise.errors import BudgetError
 from poise.plan.candidates import PipelineModel
 from poise.plan.dense import DensePlan, dense_ways
 from poise.plan.memory import OVERHEAD_BYTES, ActivationSpec, CacheTokens
+from poise.plan.passes import UNDER_WAY
 from poise.plan.pipeline import WORTH_FRAC, PipelinePlan, plan_pipeline, worth_changing
 from poise.plan.workload import Workload, stages
 from poise.spec.model_spec import CacheSpec
@@ -185,8 +186,8 @@ def test_k_is_planned_where_the_first_batch_takes_long_and_not_where_it_does_not
         ).prefetch_experts
         for attention_s in (0.001, 0.075)
     }
-    assert planned[0.001] == 1
-    assert planned[0.075] == 8
+    assert planned[0.001] == UNDER_WAY + 1
+    assert planned[0.075] == UNDER_WAY + 8
 
 
 def test_dense_layers_stream_where_the_room_is_worth_more_for_rows() -> None:

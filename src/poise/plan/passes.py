@@ -17,7 +17,6 @@ from typing import Protocol
 
 from poise.plan.routing import Floats, Routing
 
-
 UNDER_WAY = 4
 """Of the experts that are read ahead, so many do not keep the disk busy until the next router speaks: two readers are at the
 layer's last ones, and what is in memory differs from layer to layer. Measured with 137 slots, experts of 9.4 ms: the disk idled

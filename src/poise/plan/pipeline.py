@@ -22,7 +22,7 @@ from poise.plan.tiers import Placed, num_resident, tiers_of
 from poise.plan.workload import Stage, Workload, decode_shape, stages
 from poise.units import format_bytes
 
-AHEAD = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+AHEAD = (1, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 ALTERNATIVES = 5
 PATIENCE = 2
 """A further step in the same direction is tried so many times without gain: times are convex but for whole slots."""
