@@ -6,11 +6,12 @@ ranks. Weights are in memory: a rank's part of the experts that does not fit is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 
 import poise
+from poise.engine.balances import Balances
 from poise.engine.balancing import Balancing
 from poise.engine.batch import Row
 from poise.engine.blueprint import Options, draw_up
@@ -28,6 +29,7 @@ from poise.engine.rank_recorder import RankRecorder
 from poise.engine.request import Progress, Prompt, RequestOutput
 from poise.engine.sampling import SamplingParams
 from poise.engine.shares import deal
+from poise.engine.stepwise import stepwise
 from poise.engine.vibe import Vibe
 from poise.errors import CheckpointError, UsageError
 from poise.model.dense import load_dense
@@ -44,19 +46,18 @@ from poise.parallel.migration import Migration
 from poise.parallel.moe_layer import ExpertParallelLayers
 from poise.parallel.rank_experts import OnLoaded, RankExperts, experts_of
 from poise.parallel.routes import Copies
+from poise.parallel.step_balance import StepBalance
+from poise.parallel.step_options import StepOptions
 from poise.parallel.timelines import RankTimeline, gather_timelines
 from poise.parallel.watch import Patience
 from poise.plan.pipeline import PipelinePlan
 from poise.plan.rank_costs import RankCosts
-from poise.plan.rebalance import Eplb, Rebalance
+from poise.plan.rebalance import Rebalance
 from poise.report.rank_figures import RankFigures
 from poise.spec.machine import Machine
 from poise.spec.placement import Placement
 from poise.spec.timeline import Timeline
 
-BALANCES: Mapping[str, Rebalance | None] = MappingProxyType({"static": None, "eplb": Eplb(), "vibe": Vibe()})
-"""Policies by name."""
-REDUNDANT_SLOTS = 2
 _END = "end"
 """In place of a call: there will be no other."""
 
@@ -64,7 +65,8 @@ _END = "end"
 class ParallelLLM:
     """A model loaded on this rank. Parameters as those of ``LLM`` of the same names; ``memory`` is each rank's own budget.
 
-    ``balance``: how experts are placed while running, one of ``BALANCES``; ``policy``: in place of the one of that name.
+    ``balance``: one of ``BALANCES``; ``policy``: how experts are placed while running, in place of the one of that name;
+    ``steps``: how each step is balanced, likewise. Both together: experts move slowly behind, replicas come for each step.
     ``redundant_slots``: copies of experts that each rank holds in each layer beyond its even share; None: 2 where experts
     are balanced, else none. ``placement``: who holds which expert at first; None: contiguous, as every engine starts, or by
     the speeds of ``machine`` where experts are placed by speed ("vibe"). ``machine``: a device for each rank, in order,
@@ -86,6 +88,7 @@ class ParallelLLM:
         machine: Machine | str | Path | None = None,
         balance: str = "static",
         policy: Rebalance | None = None,
+        steps: StepOptions | None = None,
         redundant_slots: int | None = None,
         placement: Placement | None = None,
         groups: Sequence[tuple[int, int]] | None = None,
@@ -98,21 +101,22 @@ class ParallelLLM:
         self._migration: Migration | None = None
         self._courier = Courier()
         self._balancing: Balancing | None = None
+        self._step_balance: StepBalance | None = None
         self._plan: PipelinePlan | None = None
         self._last: Progress | None = None
         self._timelines: tuple[RankTimeline, ...] = ()
         self._calls = 0
-        if balance not in BALANCES:
-            raise UsageError(f"balance {balance!r} is not supported; choose one of {', '.join(BALANCES)}")
-        self._policy = policy or BALANCES[balance]
+        self._balances = balances = Balances.of(balance, policy, steps)
         if redundant_slots is None:
-            redundant_slots = 0 if self._policy is None else REDUNDANT_SLOTS
+            redundant_slots = balances.redundant_slots
         return_freed_memory()
         devices = opened(machine)
         own = device_of(devices, launch.rank)
         self._device = device_for(device, launch.local_rank)
         if self._device.type == "cuda" and quantize != "none":
             raise UsageError("quantize 'int4' is computed on CPUs only; leave it out, or give device cpu")
+        if self._device.type == "cuda" and balances.steps is not None:
+            raise UsageError("balance 'probe' runs on CPUs only; give another balance, or device cpu")
         asked = Options(
             memory=budget_for(memory, self._device),
             device=self._device.type,
@@ -125,11 +129,12 @@ class ParallelLLM:
         drawn = draw_up(model, asked, on_made=on_made or _nobody, waits=True)
         self._curves: RankCosts | None = None
         first = placement or contiguous_for(drawn, launch.num_ranks, redundant_slots)
-        if devices is not None and isinstance(self._policy, Vibe):
+        if devices is not None and balances.uses_speed:
             self._curves = curves_of(devices, drawn, launch.num_ranks)
+        if self._curves is not None and isinstance(balances.policy, Vibe):
             first = placement or placed_by_speed(first, self._curves, top_k=drawn.spec.top_k)
         self.placement = first
-        self._blueprint = for_ranks(drawn, self.placement)
+        self._blueprint = for_ranks(drawn, self.placement, replica_slots=balances.replica_slots)
         self._drawn = drawn
         options = {
             "dtype": drawn.dtype.dtype,
@@ -137,7 +142,8 @@ class ParallelLLM:
             "device": self._device.type,
             "machine": digest_of(devices),
             "redundant slots": redundant_slots,
-            "balance": self._policy or "static",
+            "balance": balances.policy or "static",
+            "steps": balances.steps or "as they are",
         }
         facts = facts_of(
             model_fingerprint(drawn.checkpoint), self.placement, version=poise.__version__, options=options
@@ -151,13 +157,15 @@ class ParallelLLM:
 
     def _load(self, on_loaded: OnLoaded | None) -> None:
         """Reads dense weights and this rank's experts; returns when all ranks have."""
-        drawn, group, placement = self._blueprint, self.group, self.placement
+        drawn, group, placement, balances = self._blueprint, self.group, self.placement, self._balances
         drawn.plan(SHORTEST)  # raises BudgetError where a rank's part does not fit
         load_dense(drawn.model, drawn.checkpoint, drawn.layout, drawn.dtype.dtype, group.device)
         slots = (len(placement.layers) + 1) * placement.slots_per_rank
         sources_LE = drawn.layout.experts_LE
         attach(drawn.model)
-        self._blueprint = drawn = for_ranks(self._drawn.corrected(probe(drawn.model, group.device)), placement)
+        self._blueprint = drawn = for_ranks(
+            self._drawn.corrected(probe(drawn.model, group.device)), placement, replica_slots=balances.replica_slots
+        )
         self._experts = RankExperts(sources_LE, capacity=slots, convert=converter_for(drawn.model), device=group.device)
         held_L = experts_of(placement, group.rank)
         self._experts.load(
@@ -185,9 +193,15 @@ class ParallelLLM:
             tell=self._tell,
             on_agreement=self._hear,
         )
-        if self._policy is not None:
-            self._balancing = Balancing(group, layers, self._migration, self._policy, curves=self._curves)
+        if balances.policy is not None:
+            self._balancing = Balancing(group, layers, self._migration, balances.policy, curves=self._curves)
             self._balancing.get_ready()
+        if balances.steps is not None:
+            self._step_balance = stepwise(
+                group, self._experts, self._migration, balances.steps, drawn, curves=self._curves
+            )
+            self._step_balance.get_ready()
+            layers.balance = self._step_balance
         group.meet("loaded")
 
     @property
@@ -227,10 +241,10 @@ class ParallelLLM:
             "slots_per_rank": placement.slots_per_rank,
             "top_k": drawn.spec.top_k,
             "dense_bytes": drawn.spec.dense_bytes,
-            "shard_bytes": shard_bytes_of(drawn, placement),
+            "shard_bytes": shard_bytes_of(drawn, placement, replica_slots=self._balances.replica_slots),
             "dtype": drawn.spec.dtype,
             "dtype_reason": drawn.dtype.reason,
-            "balance": "static" if self._policy is None else type(self._policy).__name__.lower(),
+            "balance": self._balances.name,
             "budget_bytes": drawn.budget_bytes,
             "base_bytes": drawn.base_bytes,
         }
@@ -343,7 +357,7 @@ class ParallelLLM:
             error = failure
             raise
         finally:
-            for owned in (self._balancing, self._migration, self._courier):
+            for owned in (self._balancing, self._step_balance, self._migration, self._courier):
                 if owned is not None:
                     owned.close()
             group.__exit__(None if error is None else type(error), error, None)

@@ -13,6 +13,7 @@ from functools import partial
 from time import perf_counter, perf_counter_ns
 from typing import Any
 
+import numpy as np
 import torch
 
 from poise.engine.overlapped_pass import Half, is_worth_it, run_halves, split
@@ -98,6 +99,8 @@ class ParallelRunner:
     @timeline.setter
     def timeline(self, timeline: Timeline | None) -> None:
         self.layers.timeline = self._migration.timeline = timeline
+        if self.layers.balance is not None:
+            self.layers.balance.timeline = timeline
 
     def run(self, group: Sequence[ForwardInputs]) -> list[torch.Tensor]:
         """One pass over the layers for every batch of this rank. Returns each batch's logits (rows, kept tokens, V).
@@ -146,15 +149,19 @@ class ParallelRunner:
         self._agreed_s = (perf_counter_ns() - began_ns) / 1e9
         if self.timeline is not None:
             self.timeline.add(COMPUTE, "wait: agreement", began_ns)
-        placement = self._migration.placement
-        for change in self._migration.switch(min(arrived for _, arrived, *_ in heard)):
+        changes = self._migration.switch(min(arrived for _, arrived, *_ in heard))
+        placement, balance = self._migration.placement, self.layers.balance
+        for change in changes:
             self.layers.copies_L[change.layer] = Copies.of(
                 change.slot_to_expert_S, num_experts=placement.num_experts, num_ranks=placement.ranks
             ).to(self._group.device)
+        if balance is not None:
+            balance.begin_pass(placement.slot_to_expert_LS.astype(np.int64), [change.layer for change in changes])
         has_work_R = tuple(bool(works) for works, *_ in heard)
         agreement = Agreement(
             has_work_R=has_work_R,
-            in_halves=is_worth_it(
+            in_halves=balance is None  # a layer's replicas are for all of its tokens
+            and is_worth_it(
                 [tokens for _, _, tokens, *_ in heard],
                 has_work_R,
                 top_k=self._top_k,

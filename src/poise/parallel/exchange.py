@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 import torch
 
@@ -17,10 +18,26 @@ from poise.parallel.group import RankGroup
 from poise.parallel.routes import Routes
 
 
+class Aside(Protocol):
+    """Who uses the link while tokens do not: is told when it is needed, and when it is free."""
+
+    def rows_leave(self) -> None: ...
+
+    def plan_next(self) -> None:
+        """While rows travel."""
+
+    def rows_came(self) -> None: ...
+
+    def outputs_leave(self) -> None: ...
+
+    def outputs_came(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Received:
     """Rows from rank 0, then from rank 1, ...: ``received_R`` of each. ``experts_MK`` int64, E for "not yours".
 
+    ``routes``: on which this rank's own tokens went.
     ``waited_s``: from the own arrival to that of the last rank; ``rows_s``: from then until the rows were there. ``nbytes``: of
     rows sent to other ranks.
     """
@@ -29,6 +46,7 @@ class Received:
     experts_MK: torch.Tensor
     weights_MK: torch.Tensor
     received_R: tuple[int, ...]
+    routes: Routes
     waited_s: float
     rows_s: float
     nbytes: int
@@ -43,6 +61,7 @@ class TokenExchange:
     def __init__(self, group: RankGroup, *, hidden: int, top_k: int, dtype: torch.dtype) -> None:
         self._group = group
         self._hidden, self._top_k, self._dtype = hidden, top_k, dtype
+        self.aside: Aside | None = None
         self._row_bytes = -(-(8 * top_k + hidden * dtype.itemsize) // 8) * 8
 
     def nothing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,24 +77,36 @@ class TokenExchange:
         Raises PassAbandonedError on every rank when one has called ``abandon`` instead.
         """
         received_R, waited_s = self._headers(routes.sent_R, layer, gives_up=False)
-        rows, began_s = sum(received_R), perf_counter()
+        rows, began_s, aside = sum(received_R), perf_counter(), self.aside
         came = torch.empty(rows, self._row_bytes, dtype=torch.uint8, device=self._group.device)
-        self._group.all_to_all(came, self._packed(hidden_TH, weights_TK, routes), received_R, routes.sent_R)
+        leaving = self._packed(hidden_TH, weights_TK, routes)
+        if aside is None:
+            self._group.all_to_all(came, leaving, received_R, routes.sent_R)
+        else:
+            aside.rows_leave()
+            self._group.all_to_all(came, leaving, received_R, routes.sent_R, meanwhile=aside.plan_next)
+            aside.rows_came()
         top_k, begin = self._top_k, 8 * self._top_k // self._dtype.itemsize
         return Received(
             hidden_MH=came.view(self._dtype)[:, begin : begin + self._hidden],
             experts_MK=came.view(torch.int32)[:, :top_k].long(),
             weights_MK=came.view(torch.float32)[:, top_k : 2 * top_k],
             received_R=received_R,
+            routes=routes,
             waited_s=waited_s,
             rows_s=perf_counter() - began_s,
             nbytes=(sum(routes.sent_R) - routes.sent_R[self._group.rank]) * self._row_bytes,
         )
 
-    def combine(self, partial_MH: torch.Tensor, received: Received, routes: Routes, *, tokens: int) -> torch.Tensor:
+    def combine(self, partial_MH: torch.Tensor, received: Received, *, tokens: int) -> torch.Tensor:
         """Returns each row's outputs to its owner, who adds them up by rank, in fp32: shape (tokens, H) in ``dtype``."""
+        routes, aside = received.routes, self.aside
         back_NH = torch.empty(len(routes.token_N), self._hidden, dtype=self._dtype, device=self._group.device)
+        if aside is not None:
+            aside.outputs_leave()
         self._group.all_to_all(back_NH, partial_MH.contiguous(), routes.sent_R, received.received_R)
+        if aside is not None:
+            aside.outputs_came()
         output_TH = torch.zeros(tokens, self._hidden, device=self._group.device)
         for token_N, row_NH in zip(token_pieces(routes), torch.split(back_NH, list(routes.sent_R)), strict=True):
             output_TH.index_add_(0, token_N, row_NH.float())  # each token at most once in a call: in the order of ranks

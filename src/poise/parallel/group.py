@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Self
@@ -86,14 +86,25 @@ class RankGroup:
         return self._watch
 
     def all_to_all(
-        self, received: torch.Tensor, sent: torch.Tensor, received_R: Sequence[int], sent_R: Sequence[int]
+        self,
+        received: torch.Tensor,
+        sent: torch.Tensor,
+        received_R: Sequence[int],
+        sent_R: Sequence[int],
+        *,
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
-        """Rows of ``sent`` go to ranks 0, 1, ... in pieces of ``sent_R`` rows; ``received`` is filled likewise."""
+        """Rows of ``sent`` go to ranks 0, 1, ... in pieces of ``sent_R`` rows; ``received`` is filled likewise.
+
+        ``meanwhile`` is called while they travel.
+        """
         self._enter()
         try:
             work = dist.all_to_all_single(received, sent, list(received_R), list(sent_R), async_op=True)
         except RuntimeError as error:
             raise self._watching.explain(_first_line(error)) from None
+        if meanwhile is not None:
+            meanwhile()
         self._wait(work)
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
@@ -149,6 +160,11 @@ class RankGroup:
         """Ends the job on all ranks. Raises RankLostError, with ``message`` unless there is a verdict already."""
         self._watching.judge(f"{message}; all ranks end")
         self.check()
+
+    @property
+    def meeting_host(self) -> str:
+        """Where the store lies."""
+        return self._launch.host
 
     @property
     def behind_s(self) -> float:

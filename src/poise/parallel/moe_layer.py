@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from time import perf_counter, perf_counter_ns
 
 import numpy as np
@@ -22,6 +22,8 @@ from poise.model.seam import Parked
 from poise.parallel.exchange import Received, TokenExchange
 from poise.parallel.rank_experts import RankExperts
 from poise.parallel.routes import Copies, Routes, route
+from poise.parallel.step_balance import StepBalance
+from poise.parallel.step_note import StepNote, Travel
 from poise.spec.timeline import COMPUTE, EXCHANGE, Span, Timeline
 
 
@@ -33,6 +35,12 @@ class LayerRecord:
     took. ``waited_s``: for the last rank to arrive with its tokens. ``dispatch_s``: until the rows had come. ``combine_s``:
     from its own last expert until all outputs were back, with the wait for the slowest rank. ``sent_bytes``: of tokens to
     other ranks, one way.
+
+    Where steps are balanced: ``home_pairs``: what it would have computed with its experts at home alone. ``own_pairs``: of
+    its own tokens, of which ``guessed_wrong`` were predicted for other experts. ``replicas_planned`` for it, of which
+    ``replicas_used`` came in time; ``replica_bytes`` came in all. ``declined``: 1 where nothing paid. ``counts_s``: to tell and
+    hear counts, part of ``waited_s``; ``balance_s``: predicting, planning and dividing on the computing thread; ``aux_s``:
+    processor time of the auxiliary thread.
     """
 
     layer: int
@@ -44,18 +52,35 @@ class LayerRecord:
     combine_s: float
     total_s: float
     sent_bytes: int
+    home_pairs: float
+    own_pairs: int = 0
+    guessed_wrong: int = 0
+    replicas_planned: int = 0
+    replicas_used: int = 0
+    replica_bytes: int = 0
+    declined: int = 0
+    counts_s: float = 0.0
+    balance_s: float = 0.0
+    aux_s: float = 0.0
+
+
+NOTED = tuple(each.name for each in fields(StepNote) if each.name != "home_pairs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Turn:
-    """Tokens on their way through one MoE layer: those of ``tokens`` batches, joined. Shapes as in ``parallel.exchange``."""
+    """Tokens on their way through one MoE layer: those of ``tokens`` batches, joined. Shapes as in ``parallel.exchange``.
+
+    ``routes``: None where steps are balanced, which needs an exchange.
+    """
 
     layer: int
     began_s: float
     tokens: tuple[int, ...]
     hidden_TH: torch.Tensor
+    choice_TK: torch.Tensor
     weights_TK: torch.Tensor
-    routes: Routes
+    routes: Routes | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +109,7 @@ class ExpertParallelLayers:
         self._modules_L = modules_L
         self.experts = experts
         self._exchange = exchange
+        self._balance: StepBalance | None = None
         self.copies_L = list(copies_L)
         self._rank = rank
         self.records: list[LayerRecord] | None = None
@@ -94,6 +120,15 @@ class ExpertParallelLayers:
         """Is told of each layer, on the thread that exchanges."""
         self.timeline: Timeline | None = None
         """Gets the experts' spans, and those of exchanges."""
+
+    @property
+    def balance(self) -> StepBalance | None:
+        """Balances each step, where that is wanted."""
+        return self._balance
+
+    @balance.setter
+    def balance(self, balance: StepBalance | None) -> None:
+        self._balance = self._exchange.aside = balance
 
     def run(self, parked: Sequence[Parked], real: Sequence[torch.Tensor | None], *, layer: int) -> list[torch.Tensor]:
         """The experts' outputs for every parked batch, shapes as their hidden states; none for no batch.
@@ -121,14 +156,19 @@ class ExpertParallelLayers:
             began_s=began_s,
             tokens=tuple(len(entry.hidden_TH) for entry in parked),
             hidden_TH=hidden_TH,
+            choice_TK=choice_TK,
             weights_TK=weights_TK,
-            routes=route(choice_TK, self.copies_L[layer], source_rank=self._rank),
+            routes=None if self._balance else route(choice_TK, self.copies_L[layer], source_rank=self._rank),
         )
 
     def dispatch(self, turn: Turn) -> Received:
         """The second step, an exchange. All ranks do all exchanges in the same order, on one thread at a time."""
+        routes, balance = turn.routes, self._balance
+        if balance is not None:
+            routes = balance.routes(turn.layer, turn.hidden_TH, turn.choice_TK, self.copies_L[turn.layer])
+        assert routes is not None, "who does not balance has routes"
         began_ns = perf_counter_ns()
-        received = self._exchange.dispatch(turn.hidden_TH, turn.weights_TK, turn.routes, layer=turn.layer)
+        received = self._exchange.dispatch(turn.hidden_TH, turn.weights_TK, routes, layer=turn.layer)
         if self.timeline is not None:
             met_ns = began_ns + round(received.waited_s * 1e9)
             self.timeline.spans.append(Span(EXCHANGE, "wait: last rank", began_ns, met_ns, {"layer": turn.layer}))
@@ -137,12 +177,20 @@ class ExpertParallelLayers:
 
     def compute(self, turn: Turn, received: Received) -> Computed:
         """The third step: this rank's experts. No exchange."""
-        return self._compute(received, turn.layer)
+        computed = self._compute(received, turn.layer)
+        if self._balance is not None:
+            self._balance.computed(
+                pairs=computed.routed_tokens,
+                active=computed.active_experts,
+                seconds=computed.compute_s,
+                travel=travel_of(received, self._rank, computed.routed_tokens),
+            )
+        return computed
 
     def combine(self, turn: Turn, received: Received, computed: Computed) -> list[torch.Tensor]:
         """The last step, an exchange."""
         began_ns = perf_counter_ns()
-        output_TH = self._exchange.combine(computed.partial_MH, received, turn.routes, tokens=sum(turn.tokens))
+        output_TH = self._exchange.combine(computed.partial_MH, received, tokens=sum(turn.tokens))
         if self.timeline is not None:
             self.timeline.add(EXCHANGE, "combine", began_ns, layer=turn.layer)
         if self.records is not None or self.on_record is not None:
@@ -150,16 +198,19 @@ class ExpertParallelLayers:
         return list(torch.split(output_TH, list(turn.tokens))) if turn.tokens else []
 
     def _tell(self, turn: Turn, received: Received, computed: Computed, *, combine_s: float) -> None:
+        note = StepNote(home_pairs=computed.routed_tokens) if self._balance is None else self._balance.note
         record = LayerRecord(
             layer=turn.layer,
             routed_tokens=computed.routed_tokens,
             active_experts=computed.active_experts,
             compute_s=computed.compute_s,
-            waited_s=received.waited_s,
+            waited_s=received.waited_s + note.counts_s,
             dispatch_s=received.rows_s,
             combine_s=combine_s,
             total_s=perf_counter() - turn.began_s,
             sent_bytes=received.nbytes,
+            home_pairs=note.home_pairs,
+            **{name: getattr(note, name) for name in NOTED},
         )
         if self.records is not None:
             self.records.append(record)
@@ -172,6 +223,8 @@ class ExpertParallelLayers:
 
     def abandon(self, layer: int) -> None:
         """In place of ``run``: gives the pass up, so that all ranks leave it at this layer. Raises PassAbandonedError."""
+        if self._balance is not None:
+            self._balance.abandon(layer)
         self._exchange.abandon(layer=layer)
 
     def _joined(
@@ -193,6 +246,8 @@ class ExpertParallelLayers:
         began_s = perf_counter()
         module = self._modules_L[layer]
         held = self.experts.layer(layer)
+        if self._balance is not None and self._balance.replicas:
+            held = {**held, **self._balance.replicas}
         num_experts: int = module.num_experts  # type: ignore[assignment]
         if not len(received.hidden_MH):
             return Computed(received.hidden_MH, 0, 0, perf_counter() - began_s)
@@ -213,6 +268,20 @@ class ExpertParallelLayers:
         if partial_MH.is_cuda:
             torch.cuda.synchronize(partial_MH.device)
         return Computed(partial_MH, int(counts_E.sum()), len(active), perf_counter() - began_s)
+
+
+def travel_of(received: Received, rank: int, pairs: int) -> Travel:
+    """Rows and pairs that go from ``rank`` and come to it, of which it computed ``pairs`` in all."""
+    routes = received.routes
+    begin = sum(routes.sent_R[:rank])
+    is_here_NK = routes.experts_NK < routes.num_experts
+    own = int(is_here_NK[begin : begin + routes.sent_R[rank]].sum())
+    return Travel(
+        rows_out=len(routes.token_N) - routes.sent_R[rank],
+        pairs_out=int(is_here_NK.sum()) - own,
+        rows_in=sum(received.received_R) - received.received_R[rank],
+        pairs_in=pairs - own,
+    )
 
 
 class _InTurn:

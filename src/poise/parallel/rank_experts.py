@@ -46,7 +46,7 @@ def experts_of(placement: Placement, rank: int) -> tuple[frozenset[int], ...]:
 
 def shard_bytes(sources_LE: Sequence[Sequence[ExpertSource]], placement: Placement, *, spare_slots: int) -> int:
     """Memory that any rank's experts take, spare slots with them."""
-    return (len(sources_LE) * placement.slots_per_rank + spare_slots) * _slot_bytes(sources_LE)
+    return (len(sources_LE) * placement.slots_per_rank + spare_slots) * slot_nbytes(sources_LE)
 
 
 class RankExperts:
@@ -63,8 +63,8 @@ class RankExperts:
     ) -> None:
         self._sources_LE = sources_LE
         self._convert = convert
-        self._slot_bytes = _slot_bytes(sources_LE)
-        self._memory = _memory(capacity, self._slot_bytes, device or torch.device("cpu"))
+        self._slot_bytes = slot_nbytes(sources_LE)
+        self._memory = slot_memory(capacity, self._slot_bytes, device or torch.device("cpu"))
         self._free = list(range(capacity - 1, -1, -1))
         self._slot_of: dict[Key, int] = {}
         self._held: list[dict[int, Weights]] = [{} for _ in sources_LE]
@@ -97,6 +97,13 @@ class RankExperts:
         """The bytes of an expert that is here or on its way in (uint8)."""
         nbytes = run_nbytes(self._source(key))
         return self._memory(self._slot_of[key])[:nbytes]
+
+    def bytes_at_home(self, layer: int, expert: int) -> memoryview | None:
+        """The slot of an expert that computes here; None for another. Any thread."""
+        slot = self._slot_of.get((layer, expert))
+        if slot is None or expert not in self._held[layer]:
+            return None
+        return self._memory(slot).numpy().data
 
     def admit(self, key: Key) -> None:
         """The expert's bytes are there: from now on it computes."""
@@ -180,12 +187,13 @@ class RankExperts:
         return self._sources_LE[key[0]][key[1]]
 
 
-def _slot_bytes(sources_LE: Sequence[Sequence[ExpertSource]]) -> int:
+def slot_nbytes(sources_LE: Sequence[Sequence[ExpertSource]]) -> int:
+    """Of a slot that any expert fits into."""
     return max(run_nbytes(source) for row in sources_LE for source in row)
 
 
-def _memory(slots: int, slot_bytes: int, device: torch.device) -> Callable[[int], torch.Tensor]:
-    """Slots on huge pages, or on a GPU."""
+def slot_memory(slots: int, slot_bytes: int, device: torch.device) -> Callable[[int], torch.Tensor]:
+    """The bytes of each of some slots, on huge pages or on a GPU."""
     if device.type == "cpu":
         arena = Arena(slots, slot_bytes)
         return lambda slot: arena.bytes_of(slot, 0, slot_bytes)

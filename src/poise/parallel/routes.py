@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from poise.plan.balance_assignment import Dispatch
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Copies:
@@ -57,6 +59,7 @@ class Routes:
     token_N: torch.Tensor
     sent_R: tuple[int, ...]
     experts_NK: torch.Tensor
+    num_experts: int
 
 
 def route(choice_TK: torch.Tensor, copies: Copies, *, source_rank: int) -> Routes:
@@ -65,22 +68,44 @@ def route(choice_TK: torch.Tensor, copies: Copies, *, source_rank: int) -> Route
     A rank's tokens for an expert are dealt out to its copies in turn, evenly as the planners assume; different ranks begin
     with different copies.
     """
-    num_experts, num_ranks = len(copies.count_E), copies.num_ranks
+    num_experts = len(copies.count_E)
     choice_TK = choice_TK.clamp(max=num_experts)
-    is_real_TK = choice_TK < num_experts
     expert_TK = choice_TK.clamp(max=num_experts - 1)
     if copies.has_replicas:
         turn_TK = _ordinals(choice_TK, num_experts) + source_rank
         rank_TK = copies.rank_EC[expert_TK, turn_TK % copies.count_E[expert_TK]]
     else:
         rank_TK = copies.rank_EC[expert_TK, 0]
-    rank_TK = torch.where(is_real_TK, rank_TK, num_ranks)
+    return _to_ranks(choice_TK, rank_TK, num_experts=num_experts, num_ranks=copies.num_ranks)
+
+
+def route_by(choice_TK: torch.Tensor, dispatch: Dispatch, *, num_ranks: int) -> Routes:
+    """The same for a step that was balanced: a rank's i-th token for an expert goes where ``dispatch`` says."""
+    num_experts = len(dispatch.rank_EC)
+    choice_TK = choice_TK.clamp(max=num_experts)
+    expert_TK = choice_TK.clamp(max=num_experts - 1)
+    rank_EC = torch.from_numpy(dispatch.rank_EC).to(choice_TK.device)
+    if rank_EC.shape[1] > 1:
+        until_EC = torch.from_numpy(dispatch.until_EC).to(choice_TK.device)
+        turn_TK = _ordinals(choice_TK, num_experts)
+        copy_TK = (turn_TK[..., None] >= until_EC[expert_TK]).sum(dim=-1).clamp(max=rank_EC.shape[1] - 1)
+        rank_TK = rank_EC[expert_TK, copy_TK]
+    else:
+        rank_TK = rank_EC[expert_TK, 0]
+    return _to_ranks(choice_TK, rank_TK, num_experts=num_experts, num_ranks=num_ranks)
+
+
+def _to_ranks(choice_TK: torch.Tensor, rank_TK: torch.Tensor, *, num_experts: int, num_ranks: int) -> Routes:
+    """Rows for choices (E: none) that ``rank_TK`` computes."""
+    rank_TK = torch.where(choice_TK < num_experts, rank_TK, num_ranks)
     goes_TR = torch.zeros(len(choice_TK), num_ranks + 1, dtype=torch.bool, device=choice_TK.device)
     goes_TR.scatter_(1, rank_TK, torch.ones_like(rank_TK, dtype=torch.bool))
     goes_RT = goes_TR[:, :num_ranks].t()
     rank_N, token_N = goes_RT.nonzero(as_tuple=True)
     experts_NK = torch.where(rank_TK[token_N] == rank_N[:, None], choice_TK[token_N], num_experts)
-    return Routes(token_N=token_N, sent_R=tuple(goes_RT.sum(dim=1).tolist()), experts_NK=experts_NK)
+    return Routes(
+        token_N=token_N, sent_R=tuple(goes_RT.sum(dim=1).tolist()), experts_NK=experts_NK, num_experts=num_experts
+    )
 
 
 def _ordinals(choice_TK: torch.Tensor, num_experts: int) -> torch.Tensor:

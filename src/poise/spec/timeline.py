@@ -14,6 +14,7 @@ COMPUTE = "compute"
 DISK = "disk"
 EXCHANGE = "exchange"
 MIGRATION = "migration"
+PREFETCH = "prefetch"
 
 
 @dataclass(frozen=True, slots=True)

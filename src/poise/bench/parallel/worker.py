@@ -21,12 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from poise.engine.balances import BALANCES
 from poise.engine.llm import LLM
-from poise.engine.parallel_llm import BALANCES, ParallelLLM
+from poise.engine.parallel_llm import ParallelLLM
 from poise.engine.request import Prompt, RequestOutput
 from poise.engine.sampling import SamplingParams
+from poise.engine.vibe import Vibe
 from poise.parallel.launch import Launch
 from poise.parallel.moe_layer import LayerRecord
+from poise.parallel.step_options import StepOptions
 from poise.spec.placement import Placement
 from poise.spec.whole_file import write_whole
 
@@ -82,9 +85,12 @@ class _Rank:
 
     def _open(self) -> ParallelLLM:
         job = self._job
-        policy = BALANCES[job["balance"]]
-        if policy is not None and "policy" in job:
-            policy = replace(policy, **job["policy"])  # type: ignore[type-var]
+        named, policy, steps = BALANCES[job["balance"]], None, None
+        if isinstance(named, StepOptions):
+            steps = replace(named, **job.get("steps", {}))
+            policy = Vibe(**job.get("policy", {})) if job.get("behind") == "vibe" else None
+        elif named is not None:
+            policy = replace(named, **job.get("policy", {}))  # type: ignore[type-var]
         placement, groups = job.get("placement"), job.get("groups")
         llm = ParallelLLM(
             job["model"],
@@ -93,6 +99,7 @@ class _Rank:
             dtype=job["dtype"],
             balance=job["balance"],
             policy=policy,
+            steps=steps,
             redundant_slots=job.get("redundant_slots"),
             placement=None if placement is None else Placement.from_json(placement),
             groups=[(size, n) for size, n in groups] if groups else None,

@@ -1,0 +1,98 @@
+"""Puts together what balances each step on one rank: forecast, planner, links, slots and track (``parallel.step_balance``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from poise.engine.blueprint import Blueprint
+from poise.errors import UsageError
+from poise.parallel.forecast import Forecast, LastPass, Replayed
+from poise.parallel.group import RankGroup
+from poise.parallel.links import open_links
+from poise.parallel.migration import Migration
+from poise.parallel.rank_experts import RankExperts
+from poise.parallel.replica_slots import ReplicaSlots
+from poise.parallel.replica_track import ReplicaTrack
+from poise.parallel.step_balance import StepBalance
+from poise.parallel.step_costs import StepCosts
+from poise.parallel.step_options import StepOptions
+from poise.parallel.step_planner import Links, StepPlanner
+from poise.parallel.step_windows import Windows
+from poise.plan.rank_costs import RankCosts
+
+
+def stepwise(
+    group: RankGroup,
+    experts: RankExperts,
+    migration: Migration,
+    options: StepOptions,
+    drawn: Blueprint,
+    *,
+    curves: RankCosts | None,
+) -> StepBalance:
+    """All ranks at once. ``curves``: of the ranks, where they were measured. Raises UsageError."""
+    placement, sources_LE = migration.placement, drawn.layout.experts_LE
+    layers, num_experts = len(placement.layers), placement.num_experts
+    forecast = forecast_of(options, rank=group.rank, num_layers=layers, num_experts=num_experts)
+    links_R = _rates(group, experts.slot_bytes / migration.move_s)
+    slots = ReplicaSlots(sources_LE, replica_slots=options.replica_slots, device=group.device)
+    links = Links(
+        bytes_per_s_R=links_R,
+        token_bytes=drawn.spec.hidden * drawn.dtype.dtype.itemsize,
+        expert_bytes=slots.slot_bytes,
+    )
+    planner = StepPlanner(
+        placement.slot_to_expert_LS.astype(np.int64),
+        links,
+        num_experts=num_experts,
+        replica_slots=options.replica_slots,
+        most_work=options.most_work,
+        costs=curves,
+    )
+    return StepBalance(
+        group,
+        planner,
+        ReplicaTrack(
+            open_links(group), experts.bytes_at_home, chunk_bytes=options.chunk_bytes, suspends=options.suspends
+        ),
+        slots,
+        StepCosts(group, curves),
+        Windows(layers, links_R),
+        forecast,
+        num_layers=layers,
+        num_experts=num_experts,
+    )
+
+
+def forecast_of(options: StepOptions, *, rank: int, num_layers: int, num_experts: int) -> Forecast | None:
+    """Who predicts; None: nobody, replicas are fetched behind the router. Raises UsageError."""
+    if options.predictor == "none":
+        return None
+    if options.predictor == "replayed":
+        assert options.replay is not None, "there is a file to replay"
+        return Replayed(_replay(options.replay, rank, num_layers, num_experts))
+    return LastPass(num_layers, num_experts)
+
+
+def _replay(file: Path, rank: int, num_layers: int, num_experts: int) -> npt.NDArray[np.int64]:
+    """Counts of a rank: an array of (ranks, passes, layers, experts) in a NumPy file."""
+    try:
+        counts_RPLE = np.load(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"counts to replay cannot be read from {file}: {error}") from None
+    if counts_RPLE.ndim != 4 or counts_RPLE.shape[2:] != (num_layers, num_experts) or rank >= len(counts_RPLE):
+        raise UsageError(
+            f"{file} has counts of {counts_RPLE.shape} ranks, passes, layers and experts; the model has {num_layers} layers "
+            f"of {num_experts} experts"
+        )
+    return np.asarray(counts_RPLE[rank], dtype=np.int64)
+
+
+def _rates(group: RankGroup, own_bytes_per_s: float) -> npt.NDArray[np.float64]:
+    """Of all ranks' links, as each has tried out its own."""
+    told = torch.tensor([own_bytes_per_s], dtype=torch.float64, device=group.device)
+    return np.asarray(group.all_gather(told)[:, 0].cpu().numpy())

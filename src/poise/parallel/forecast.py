@@ -1,0 +1,58 @@
+"""What a rank expects of its own tokens in the next MoE layer, as counts by expert: strategies behind one method.
+
+The first MoE layer of a pass follows the last one of the pass before; nobody predicts it from hidden states.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Counts = npt.NDArray[np.int64]
+
+
+class Forecast(Protocol):
+    """Of one rank."""
+
+    def saw(self, layer: int, own_E: Counts) -> None:
+        """The true counts of this rank's tokens at a layer. Layers come in order, pass after pass."""
+        ...
+
+    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor) -> Counts:
+        """Expected counts at ``layer``, given the hidden states at the layer before (``real_T``: False for padding)."""
+        ...
+
+
+class LastPass:
+    """As it was in the pass before; nothing before that is known."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._last_LE = np.zeros((num_layers, num_experts), dtype=np.int64)
+
+    def saw(self, layer: int, own_E: Counts) -> None:
+        self._last_LE[layer] = own_E
+
+    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor) -> Counts:
+        return np.array(self._last_LE[layer])
+
+
+class Replayed:
+    """What is known from an earlier run over the same tokens, pass by pass: an oracle, for measurements."""
+
+    def __init__(self, counts_PLE: npt.NDArray[np.integer]) -> None:
+        self._counts_PLE = np.asarray(counts_PLE, dtype=np.int64)
+        self._seen = 0
+
+    def saw(self, layer: int, own_E: Counts) -> None:
+        self._seen += 1
+
+    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor) -> Counts:
+        """Of the layer that follows the last one seen."""
+        passes, layers, experts = self._counts_PLE.shape
+        assert layer == self._seen % layers, "layers come in order"
+        if self._seen >= passes * layers:
+            return np.zeros(experts, dtype=np.int64)
+        return np.array(self._counts_PLE[self._seen // layers, layer])

@@ -1,0 +1,295 @@
+"""PROBE while ranks run: predicts each next layer's counts, fetches replicas behind compute, divides true tokens over copies.
+
+Life of a layer: counts (true ones of this layer, predicted ones of the next) go to all ranks in one exchange; true tokens are
+divided over homes and those replicas that have come to all who should have them; while tokens travel the next layer is planned;
+while experts and the next attention compute its replicas come (``parallel.replica_track``). Tokens follow the true router: a
+wrong guess costs balance, never outputs. The computing thread calls everything here. Letters: T tokens, K choices, R ranks,
+E experts, N replicas, L layers.
+Source: PROBE (arXiv 2602.00509), section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from poise.errors import PassAbandonedError
+from poise.model.layout import Weights
+from poise.parallel.forecast import Forecast
+from poise.parallel.group import RankGroup
+from poise.parallel.replica_slots import ReplicaSlots
+from poise.parallel.replica_track import ReplicaTrack
+from poise.parallel.routes import Copies, Routes, route, route_by
+from poise.parallel.step_costs import StepCosts
+from poise.parallel.step_news import Ints, RankNews, StepNews, told
+from poise.parallel.step_note import StepNote, Travel
+from poise.parallel.step_plan import StepPlan
+from poise.parallel.step_planner import NO_REPLICAS, StepPlanner
+from poise.parallel.step_windows import Windows
+from poise.plan.balance import BalancePlan
+from poise.plan.rank_costs import Floats
+from poise.spec.timeline import COMPUTE, EXCHANGE, Span, Timeline
+
+LEAST_WAIT_S, EXPOSED_WAIT = 0.05, 4.0
+"""Replicas that ranks wait for are given up after so long, and so many times what fetching should take."""
+
+
+class StepBalance:
+    """Of one rank. ``forecast``: None plans behind the router, and waits for the replicas."""
+
+    def __init__(
+        self,
+        group: RankGroup,
+        planner: StepPlanner,
+        track: ReplicaTrack,
+        slots: ReplicaSlots,
+        costs: StepCosts,
+        windows: Windows,
+        forecast: Forecast | None,
+        *,
+        num_layers: int,
+        num_experts: int,
+    ) -> None:
+        self._group, self._rank = group, group.rank
+        self._planner, self.track, self._slots = planner, track, slots
+        self._costs, self._windows, self._forecast = costs, windows, forecast
+        self._num_layers, self._num_experts = num_layers, num_experts
+        self._plan: StepPlan | None = None
+        """Of the layer to come."""
+        self._heard: tuple[int, StepNews] | None = None
+        self._half = 0
+        self._guess_E: Ints | None = None
+        self._computed = (0, 0, 0.0)
+        self._permille = (1000, 1000)
+        self._aux_s = 0.0
+        self.replicas: Mapping[int, Weights] = {}
+        """By expert, those that compute in the layer at hand."""
+        self.note = StepNote()
+        """Of the layer at hand."""
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Gets spans of what is done here, and of the track."""
+        return self.track.timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Timeline | None) -> None:
+        self.track.timeline = timeline
+
+    def get_ready(self) -> None:
+        """All ranks at once: returns when planners are compiled: by rank 0, whose machine code the others take. Raises
+        RankLostError when a rank is lost meanwhile."""
+        if self._group.is_first:
+            self._planner.rehearse()
+        self._group.meet("compiled")
+        if not self._group.is_first:
+            self._planner.rehearse()
+        self._group.meet("ready to balance")
+
+    def begin_pass(self, slot_to_expert_LS: Ints, changed: Collection[int]) -> None:
+        """All ranks at once, before a pass. ``changed``: layers of which experts have moved."""
+        if self._costs.begin_pass():
+            self._planner.set_costs(self._costs.costs)
+        for layer in changed:
+            self._planner.set_homes(layer, slot_to_expert_LS[layer])
+        if self._plan is not None and (self._plan.layer or 0 in changed):
+            self._plan = None  # of a pass that was given up, or of homes that are no more
+            self.track.end_fetch()
+
+    def routes(self, layer: int, hidden_TH: torch.Tensor, choice_TK: torch.Tensor, copies: Copies) -> Routes:
+        """All ranks at once: where this rank's tokens go. ``choice_TK``: E where there is no choice.
+
+        Raises PassAbandonedError on every rank when one has called ``abandon`` instead.
+        """
+        began_s = perf_counter()
+        self.note = note = StepNote()
+        own_E = _counts_E(choice_TK, self._num_experts)
+        plan, bits = self._end_fetch(layer, own_E)
+        guess_E = self._guess((layer + 1) % self._num_layers, layer, own_E, hidden_TH, choice_TK)
+        asked_s = perf_counter()
+        news = self._exchanged(self._own_news(layer, plan, bits), own_E, guess_E)
+        heard_s = perf_counter()
+        note.counts_s = heard_s - asked_s
+        self._windows.end(layer)
+        self._costs.saw(news)
+        self._heard = layer, news
+        came_N3 = NO_REPLICAS
+        waited_s = 0.0
+        if self._forecast is None:
+            plan, came_N3, waited_s = self._fetch_exposed(layer, news)
+        elif plan is not None:
+            came_N3 = plan.came(news)
+        self.replicas = {} if plan is None else self._admitted(plan, came_N3)
+        note.home_pairs = float(self._planner.home_pairs_R(layer, news.counts_RE)[self._rank])
+        note.replicas_used = len(self.replicas)
+        dispatch = self._planner.dispatch(layer, news.counts_RE, came_N3, self._rank)
+        if dispatch is None:
+            routes = route(choice_TK, copies, source_rank=self._rank)
+        else:
+            routes = route_by(choice_TK, dispatch, num_ranks=self._group.num_ranks)
+        ended_s = perf_counter()
+        note.balance_s = ended_s - began_s - note.counts_s - waited_s
+        note.counts_s += waited_s
+        self._show(layer, began_s, asked_s, heard_s, ended_s)
+        return routes
+
+    def abandon(self, layer: int) -> None:
+        """Joins the layer's counts only to say that this rank gives the pass up, so that all leave it here."""
+        nothing_E = np.zeros(self._num_experts, dtype=np.int64)
+        self._exchanged(RankNews(layer=layer, gives_up=True), nothing_E, nothing_E)
+
+    def rows_leave(self) -> None:
+        """Tokens are about to travel."""
+        self.track.suspend()
+
+    def plan_next(self) -> None:
+        """While they do: replicas for the next layer, which come as soon as the link is free."""
+        began_s = perf_counter()
+        assert self._heard is not None, "counts come before tokens"
+        layer, news = self._heard
+        following = (layer + 1) % self._num_layers
+        window_s_R = self._windows.window_s_R(news, layer)
+        if self._forecast is not None:
+            plan = self._planner.plan(following, news.predicted_RE, window_s_R, *_fracs(news))
+            self._plan = self._begin(plan, following)
+        self.note.balance_s += perf_counter() - began_s
+
+    def rows_came(self) -> None:
+        """The link is free while experts compute."""
+        self._windows.open()
+        self.track.resume()
+
+    def outputs_leave(self) -> None:
+        """Outputs are about to travel."""
+        self._windows.close()
+        self.track.suspend()
+
+    def outputs_came(self) -> None:
+        """The link is free until the next tokens travel."""
+        self._windows.open()
+        self.track.resume()
+
+    def computed(self, *, pairs: int, active: int, seconds: float, travel: Travel) -> None:
+        """What this rank has computed in the layer at hand, and what that took."""
+        self._computed = pairs, active, seconds
+        self._permille = travel.permille
+        self.replicas = {}
+        aux_s = self.track.cpu_s
+        self.note.aux_s, self._aux_s = aux_s - self._aux_s, aux_s
+
+    def close(self) -> None:
+        """Ends the track."""
+        self.track.close()
+
+    def _show(self, layer: int, began_s: float, asked_s: float, heard_s: float, ended_s: float) -> None:
+        if self.timeline is None:
+            return
+        parts = ((COMPUTE, "predict", began_s, asked_s), (EXCHANGE, "counts", asked_s, heard_s))
+        for track, name, begin_s, end_s in (*parts, (COMPUTE, "divide", heard_s, ended_s)):
+            self.timeline.spans.append(Span(track, name, round(begin_s * 1e9), round(end_s * 1e9), {"layer": layer}))
+
+    def _end_fetch(self, layer: int, own_E: Ints) -> tuple[StepPlan | None, int]:
+        """The plan for this layer, and which of its replicas are here."""
+        self._raise_if_stuck()
+        fetched = self.track.end_fetch()
+        self._windows.fetched(fetched)
+        self.note.replica_bytes = fetched.nbytes
+        self.note.own_pairs = int(own_E.sum())
+        if self._guess_E is not None:
+            self.note.guessed_wrong = int(np.abs(self._guess_E - own_E).sum()) // 2
+        plan, self._plan = self._plan, None
+        if plan is None or plan.layer != layer:
+            return None, 0
+        self.note.declined = int(not plan.pays)
+        self.note.replicas_planned = len(fetched.arrived)
+        return plan, plan.arrived_bits(fetched)
+
+    def _raise_if_stuck(self) -> None:
+        if self.track.error is not None:
+            raise self.track.error
+        waits = self.track.waits_since_s
+        if waits is not None and waits[0] > self._group.behind_s:
+            _, source, asked = waits
+            self._group.end_all(
+                f"expert {asked.expert} of MoE layer {asked.layer} does not come from rank {source} to rank {self._rank} "
+                f"within {self._group.behind_s:g} s"
+            )
+
+    def _guess(self, following: int, layer: int, own_E: Ints, hidden_TH: torch.Tensor, choice_TK: torch.Tensor) -> Ints:
+        if self._forecast is None:
+            return np.zeros(self._num_experts, dtype=np.int64)
+        self._forecast.saw(layer, own_E)
+        real_T = (choice_TK < self._num_experts).any(dim=1)
+        self._guess_E = self._forecast.counts_E(following, hidden_TH, real_T)
+        return self._guess_E
+
+    def _own_news(self, layer: int, plan: StepPlan | None, bits: int) -> RankNews:
+        pairs, active, seconds = self._computed
+        self._computed = (0, 0, 0.0)
+        return RankNews(
+            layer=layer,
+            plan=0 if plan is None else plan.digest,
+            arrived=bits,
+            window_us=self._windows.window_us((layer + 1) % self._num_layers),
+            fetch_kb_s=self._windows.fetch_kb_s,
+            in_permille=self._permille[0],
+            out_permille=self._permille[1],
+            pairs=pairs,
+            active=active,
+            compute_us=round(1e6 * seconds),
+        )
+
+    def _exchanged(self, own: RankNews, own_E: Ints, guess_E: Ints) -> StepNews:
+        row = torch.from_numpy(told(own, own_E, guess_E)).to(self._group.device)
+        news = StepNews.heard(self._group.all_gather(row).cpu().numpy())
+        gives_up_R = news.of("gives_up")
+        if gives_up_R.any():
+            raise PassAbandonedError(f"rank {int(gives_up_R.argmax())} gave the pass up at MoE layer {own.layer}")
+        assert (news.of("layer") == own.layer).all(), f"ranks stand at different MoE layers: {news.of('layer')}"
+        return news
+
+    def _begin(self, plan: BalancePlan | None, layer: int) -> StepPlan | None:
+        if plan is None:
+            return None
+        self._half ^= 1
+        made = StepPlan.of(plan, layer=layer, rank=self._rank, half=self._half)
+        self.track.fetch(layer, made.wanted(self._slots))
+        return made
+
+    def _fetch_exposed(self, layer: int, news: StepNews) -> tuple[StepPlan | None, Ints, float]:
+        """Behind the router: replicas that pay although all wait for them, and how long that took."""
+        expert_s_R = self._slots.slot_bytes / self._windows.rate_R(news)
+        plan = self._planner.plan_exposed(layer, news.counts_RE, expert_s_R, *_fracs(news))
+        self.note.declined = int(plan is None)
+        made = self._begin(plan, layer)
+        if plan is None or made is None:
+            return None, NO_REPLICAS, 0.0
+        began_s = perf_counter()
+        moved_RR = plan.transfers_RR
+        most = int(max(moved_RR.sum(axis=0).max(), moved_RR.sum(axis=1).max()))
+        fetched = self.track.finish(within_s=LEAST_WAIT_S + EXPOSED_WAIT * most * float(expert_s_R.max()))
+        self._windows.fetched(fetched)
+        self.note.replica_bytes, self.note.replicas_planned = fetched.nbytes, len(fetched.arrived)
+        nothing_E = np.zeros(self._num_experts, dtype=np.int64)
+        own = RankNews(layer=layer, plan=made.digest, arrived=made.arrived_bits(fetched))
+        came_N3 = made.came(self._exchanged(own, nothing_E, nothing_E))
+        return made, came_N3, perf_counter() - began_s
+
+    def _admitted(self, plan: StepPlan, came_N3: Ints) -> Mapping[int, Weights]:
+        return {
+            expert: self._slots.weights(plan.half, place, layer=plan.layer, expert=expert)
+            for expert, place in plan.places(came_N3).items()
+        }
+
+
+def _counts_E(choice_TK: torch.Tensor, num_experts: int) -> Ints:
+    counts_E = torch.bincount(choice_TK.flatten(), minlength=num_experts + 1)[:num_experts]
+    return np.asarray(counts_E.numpy(force=True))
+
+
+def _fracs(news: StepNews) -> tuple[Floats, Floats]:
+    """Rows that travel over pairs that do, into and out of each rank."""
+    return news.of("in_permille") / 1e3, news.of("out_permille") / 1e3

@@ -1,0 +1,39 @@
+"""What balancing did for one layer on one rank, and what travelled there: numbers for records and for the next plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class StepNote:
+    """What balancing did for one layer on this rank. Fields and units as those of ``moe_layer.LayerRecord``."""
+
+    home_pairs: float = 0.0
+    own_pairs: int = 0
+    guessed_wrong: int = 0
+    replicas_planned: int = 0
+    replicas_used: int = 0
+    replica_bytes: int = 0
+    declined: int = 0
+    counts_s: float = 0.0
+    balance_s: float = 0.0
+    aux_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Travel:
+    """Rows, and (token, expert) pairs in them, that went to other ranks and came from them."""
+
+    rows_out: int
+    pairs_out: int
+    rows_in: int
+    pairs_in: int
+
+    @property
+    def permille(self) -> tuple[int, int]:
+        """Rows over pairs, in and out; as many where none travel."""
+        return (
+            round(1000 * self.rows_in / self.pairs_in) if self.pairs_in else 1000,
+            round(1000 * self.rows_out / self.pairs_out) if self.pairs_out else 1000,
+        )

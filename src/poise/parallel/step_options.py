@@ -1,0 +1,42 @@
+"""How steps are balanced: one frozen object, the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from poise.errors import UsageError
+from poise.parallel.replica_track import CHUNK_BYTES
+from poise.plan.balance import MOST_WORK
+
+PREDICTORS = ("gate", "last", "none", "replayed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOptions:
+    """``predictor``: of the counts of the layer to come: its router asked a layer early ("gate"; with ``lookahead``, a file of
+    `poise distill`, as it was trained); as in the last pass ("last"); not at all: replicas are fetched behind the router, and
+    waited for ("none"); from ``replay``, a file of counts for each rank that an earlier run kept ("replayed", for
+    measurements).
+
+    ``replica_slots``: on each rank, twice. ``suspends``: no chunk is asked for while tokens travel. ``chunk_bytes``: of a
+    replica at a time. ``most_work``: as the planner has it.
+    """
+
+    predictor: str = "gate"
+    lookahead: Path | None = None
+    replay: Path | None = None
+    replica_slots: int = 3
+    suspends: bool = True
+    chunk_bytes: int = CHUNK_BYTES
+    most_work: int = MOST_WORK
+
+    def __post_init__(self) -> None:
+        if self.predictor not in PREDICTORS:
+            raise UsageError(f"predictor {self.predictor!r} is not known; choose one of {', '.join(PREDICTORS)}")
+        if not 0 <= self.replica_slots <= 16:
+            raise UsageError(f"replica slots are {self.replica_slots}; give 0 to 16")
+        if self.chunk_bytes < 1:
+            raise UsageError(f"chunks are {self.chunk_bytes} bytes; give 1 or more")
+        if (self.replay is not None) != (self.predictor == "replayed"):
+            raise UsageError("counts to replay go with predictor 'replayed', and only with it")

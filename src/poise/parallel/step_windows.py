@@ -1,0 +1,76 @@
+"""How long this rank's link is free for the replicas of each layer, and how fast they come: what the planner must keep to."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import numpy as np
+import numpy.typing as npt
+
+from poise.parallel.replica_fetch import Fetched
+from poise.parallel.step_news import StepNews
+
+KEEP = 0.7
+"""Of what was known of the rate, when a further fetch has ended."""
+USED_FRAC = 0.9
+"""Of a window that is planned with."""
+
+
+class Windows:
+    """Of one rank; the times of all ranks come with ``StepNews``. ``link_bytes_per_s_R``: as tried out at the start."""
+
+    def __init__(self, num_layers: int, link_bytes_per_s_R: npt.NDArray[np.float64]) -> None:
+        self._link_R = link_bytes_per_s_R
+        self._last_two_L = [[0.0, 0.0] for _ in range(num_layers)]
+        self._pairs_L = [0] * num_layers
+        self._opened_s: float | None = None
+        self._open_s = 0.0
+        self._bytes = self._busy_s = 0.0
+
+    def open(self) -> None:
+        """Tokens have come."""
+        self._opened_s = perf_counter()
+
+    def close(self) -> None:
+        """Tokens are about to go."""
+        if self._opened_s is not None:
+            self._open_s += perf_counter() - self._opened_s
+        self._opened_s = None
+
+    def end(self, layer: int) -> None:
+        """Closes, and what was open since the last time was this layer's window."""
+        self.close()
+        self._last_two_L[layer] = [self._last_two_L[layer][1], self._open_s]
+        self._open_s = 0.0
+
+    def window_us(self, layer: int) -> int:
+        """The shorter one of the last two: the time between two calls may be in the other."""
+        return round(1e6 * min(self._last_two_L[layer]))
+
+    def fetched(self, fetched: Fetched) -> None:
+        """A fetch has ended."""
+        if fetched.busy_s > 0:
+            self._bytes = KEEP * self._bytes + fetched.nbytes
+            self._busy_s = KEEP * self._busy_s + fetched.busy_s
+
+    @property
+    def fetch_kb_s(self) -> int:
+        """0: not known. At least 1 where something was fetched."""
+        return max(1, round(self._bytes / self._busy_s / 1e3)) if self._busy_s > 0 else 0
+
+    def window_s_R(self, news: StepNews, layer: int) -> npt.NDArray[np.float64]:
+        """What was told of the windows of the layer behind ``layer``, as seconds at the rate that the planner knows.
+
+        A pass with fewer tokens has shorter windows.
+        """
+        pairs, before = int(news.counts_RE.sum()), self._pairs_L[layer]
+        self._pairs_L[layer] = pairs
+        scale = min(1.0, pairs / before) if before else 0.0
+        return np.asarray(USED_FRAC * scale * 1e-6 * news.of("window_us") * self.rate_R(news) / self._link_R)
+
+    def rate_R(self, news: StepNews) -> npt.NDArray[np.float64]:
+        """Bytes a second at which each rank's replicas come. A rank that has fetched nothing is taken to be like the others."""
+        told_R = 1e3 * news.of("fetch_kb_s").astype(float)
+        known_R = told_R > 0
+        usual_R = np.minimum(told_R[known_R].mean(), self._link_R) if known_R.any() else self._link_R
+        return np.where(known_R, told_R, usual_R)

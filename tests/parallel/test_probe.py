@@ -1,0 +1,95 @@
+"""Steps that are balanced by replicas give the tokens of plain transformers, whatever is predicted, comes late or moves."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from poise.engine.parallel_llm import ParallelLLM
+from poise.engine.sampling import SamplingParams
+from poise.model.inspect import find_experts
+from poise.parallel.launch import Launch
+from poise.parallel.moe_layer import LayerRecord
+from poise.parallel.step_options import StepOptions
+from poise.plan.rebalance import Rebalance
+from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
+from tests.parallel.test_parallel_llm import PATIENT, Rotate, expected
+from tests.ranks import start_ranks
+
+TOKENS = 24
+
+
+def dawdle(module: Any, rows: tuple[torch.Tensor, ...]) -> None:
+    time.sleep(3e-3 * len(rows[0]))
+
+
+def generate(
+    launch: Launch, path: Path, prompts: list[list[int]], steps: StepOptions, policy: Rebalance | None
+) -> dict[str, Any]:
+    """Tokens on rank 0, and what every rank took down of each layer."""
+    records: list[LayerRecord] = []
+    with ParallelLLM(
+        path, launch, memory="2GiB", patience=PATIENT, balance="probe", steps=steps, policy=policy, groups=[(4, 2)]
+    ) as llm:
+        layers, model = llm.runner.layers, llm.runner.model
+        if steps.predictor == "none":  # ranks wait for replicas only where tokens take long
+            for module in find_experts(model, model.config.model_type):
+                model.get_submodule(module.name).act_fn.register_forward_pre_hook(dawdle)
+        take = layers.on_record
+
+        def keep(record: LayerRecord) -> None:
+            if take is not None:
+                take(record)
+            records.append(record)
+
+        layers.on_record = keep
+        made = []
+        if launch.rank > 0:
+            llm.follow()
+        else:
+            params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+            made = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+        history = llm.balancing.history if llm.balancing is not None else []
+        return {
+            "tokens": [list(each.outputs[0].token_ids) for each in made],
+            "records": records,
+            "moved": sum(each.moved_experts for each in history),
+            "name": llm.describe()["balance"],
+        }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "steps", "policy"),
+    [
+        (2, StepOptions(predictor="last"), None),
+        (4, StepOptions(predictor="last"), None),
+        (4, StepOptions(predictor="none"), None),
+        (4, StepOptions(predictor="last", suspends=False, chunk_bytes=1000), Rotate()),
+    ],
+)
+def test_greedy_tokens_are_those_of_each_prompt_alone_while_replicas_come(
+    ranks: int,
+    steps: StepOptions,
+    policy: Rebalance | None,
+    checkpoint: MakeCheckpoint,
+    reference: Reference,
+    draw_prompts: DrawPrompts,
+    tmp_path: Path,
+) -> None:
+    path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 17, 9, 30, 3, 12, 8, 21))
+    results = start_ranks(generate, ranks, tmp_path, path, prompts, steps, policy).results(within_s=120)
+    assert results[0]["tokens"] == [expected(reference(path), prompt, TOKENS) for prompt in prompts]
+    records_R = [result["records"] for result in results]
+    used = sum(record.replicas_used for records in records_R for record in records)
+    assert used > 0, "no replica came, so that nothing was tested"
+    for layer in zip(*records_R, strict=True):
+        assert sum(record.routed_tokens for record in layer) == sum(record.own_pairs for record in layer)
+        assert sum(record.home_pairs for record in layer) == pytest.approx(sum(record.own_pairs for record in layer))
+        assert len({record.declined for record in layer}) == 1
+    if policy is not None:
+        assert results[0]["moved"] > 0
+        assert results[0]["name"] == "probe+rotate"

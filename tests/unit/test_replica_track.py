@@ -1,0 +1,163 @@
+"""Replicas come in chunks while both windows are open; what is late is dropped, and nobody waits for it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from poise.parallel.replica_fetch import Wanted
+from poise.parallel.replica_track import ReplicaTrack
+from poise.spec.timeline import PREFETCH, Timeline
+
+CHUNK = 1000
+EXPERT_BYTES = 10 * CHUNK + 300
+
+
+@dataclass
+class Side:
+    """A rank's track, its experts at home by (layer, expert), and the chunks it has been asked for."""
+
+    track: ReplicaTrack
+    asked: list[tuple[int, int]] = field(default_factory=list)
+
+
+@contextmanager
+def two_sides(**options: bool) -> Iterator[tuple[Side, Side]]:
+    first, second = socket.socketpair()
+    sides: list[Side] = []
+
+    def serve_of(rank: int) -> Callable[[int, int], memoryview | None]:
+        def serve(layer: int, expert: int) -> memoryview | None:
+            sides[rank].asked.append((layer, expert))
+            return None if expert == 99 else memoryview(content(rank, layer, expert))
+
+        return serve
+
+    for rank, sock in enumerate((first, second)):
+        sides.append(Side(ReplicaTrack({1 - rank: sock}, serve_of(rank), chunk_bytes=CHUNK, **options)))
+    try:
+        yield sides[0], sides[1]
+    finally:
+        for side in sides:
+            side.track.close()
+        assert all(side.track.error is None for side in sides)
+
+
+def content(rank: int, layer: int, expert: int) -> bytearray:
+    return bytearray(np.random.default_rng([rank, layer, expert]).bytes(EXPERT_BYTES))
+
+
+def wanted(expert: int, source: int = 1) -> Wanted:
+    return Wanted(expert=expert, source=source, run=memoryview(bytearray(EXPERT_BYTES)))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s, "it does not happen"
+        time.sleep(0.002)
+
+
+def test_replicas_arrive_byte_for_byte_in_both_directions_at_once() -> None:
+    with two_sides() as (here, there):
+        mine, theirs = [wanted(3), wanted(5)], [wanted(7, source=0)]
+        here.track.fetch(2, mine)
+        there.track.fetch(2, theirs)
+        until(lambda: len(here.asked) == 11 and len(there.asked) == 22)
+        until(lambda: here.track.waits_since_s is None and there.track.waits_since_s is None)
+        fetched, other = here.track.end_fetch(), there.track.end_fetch()
+        assert fetched.arrived == (True, True)
+        assert other.arrived == (True,)
+        assert fetched.nbytes == 2 * EXPERT_BYTES
+        assert fetched.busy_s > 0
+        assert [bytes(each.run) for each in mine] == [content(1, 2, 3), content(1, 2, 5)]
+        assert bytes(theirs[0].run) == content(0, 2, 7)
+        assert here.track.cpu_s > 0
+
+
+@pytest.mark.parametrize("who", ["destination", "source"])
+def test_nothing_travels_while_either_window_is_closed(who: str) -> None:
+    with two_sides() as (here, there):
+        side = here if who == "destination" else there
+        side.track.suspend()
+        here.track.fetch(0, [wanted(3)])
+        time.sleep(0.05)
+        assert not there.asked
+        side.track.resume()
+        until(lambda: len(there.asked) == 11)
+
+
+def test_a_fetch_that_is_suspended_goes_on_where_it_stopped_and_shows_its_parts() -> None:
+    with two_sides() as (here, there):
+        here.track.timeline = timeline = Timeline()
+        expert = wanted(3)
+        serve = there.track._serve
+
+        def slowly(layer: int, number: int) -> memoryview | None:
+            time.sleep(0.004)
+            return serve(layer, number)
+
+        there.track._serve = slowly
+        here.track.fetch(4, [expert])
+        until(lambda: len(there.asked) >= 3)
+        here.track.suspend()
+        stopped = len(there.asked)
+        time.sleep(0.05)
+        assert len(there.asked) <= stopped + 1, "more than the chunk that was on its way"
+        here.track.resume()
+        until(lambda: len(there.asked) == 11 and here.track.waits_since_s is None)
+        assert here.track.end_fetch().arrived == (True,)
+        assert bytes(expert.run) == content(1, 4, 3)
+    spans = [span for span in timeline.spans if span.track == PREFETCH]
+    assert sorted(span.name for span in spans) == ["fetch, part 1", "fetch, part 2", "suspended"]
+    first, second, between = sorted(spans, key=lambda span: span.name)
+    assert first.end_ns == between.begin_ns
+    assert between.end_ns <= second.begin_ns
+    assert between.end_ns - between.begin_ns > 40e6
+    assert sum(int(span.detail["bytes"]) for span in (first, second)) == EXPERT_BYTES
+
+
+def test_without_suspension_chunks_go_on() -> None:
+    with two_sides(suspends=False) as (here, there):
+        here.track.suspend()
+        there.track.suspend()
+        here.track.fetch(0, [wanted(3)])
+        until(lambda: len(there.asked) == 11)
+
+
+def test_what_is_late_is_dropped_and_the_next_fetch_is_whole() -> None:
+    with two_sides() as (here, there):
+        late, early = wanted(4), wanted(6)
+        there.track.suspend()
+        here.track.fetch(0, [late])
+        until(lambda: here.track.waits_since_s is not None)
+        dropped = here.track.end_fetch()
+        assert dropped.arrived == (False,)
+        assert dropped.nbytes == 0
+        here.track.fetch(1, [early])
+        there.track.resume()
+        until(lambda: len(there.asked) == 12 and here.track.waits_since_s is None)
+        assert here.track.end_fetch().arrived == (True,)
+        assert bytes(early.run) == content(1, 1, 6)
+        assert here.track.end_fetch().arrived == ()
+
+
+def test_an_expert_that_has_left_its_home_is_skipped() -> None:
+    with two_sides() as (here, there):
+        here.track.fetch(0, [wanted(99), wanted(2)])
+        until(lambda: len(there.asked) == 12 and here.track.waits_since_s is None)
+        assert here.track.end_fetch().arrived == (False, True)
+
+
+def test_a_rank_that_leaves_does_not_break_the_others() -> None:
+    with two_sides() as (here, there):
+        there.track.close()
+        here.track.fetch(0, [wanted(3)])
+        until(lambda: here.track._fetch is None or here.track._fetch.is_over)
+        assert here.track.end_fetch().arrived == (False,)
