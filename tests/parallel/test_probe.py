@@ -20,7 +20,7 @@ from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
 from tests.parallel.test_parallel_llm import PATIENT, Rotate, expected
 from tests.ranks import start_ranks
 
-TOKENS = 24
+TOKENS = 16
 
 
 def dawdle(module: Any, rows: tuple[torch.Tensor, ...]) -> None:
@@ -66,7 +66,7 @@ def generate(
     ("ranks", "steps", "policy"),
     [
         (2, StepOptions(predictor="last"), None),
-        (4, StepOptions(predictor="last"), None),
+        (4, StepOptions(predictor="gate"), None),
         (4, StepOptions(predictor="none"), None),
         (4, StepOptions(predictor="last", suspends=False, chunk_bytes=1000), Rotate()),
     ],

@@ -89,9 +89,10 @@ ExpertParallel = Annotated[
 Balance = Annotated[
     str,
     typer.Option(
-        metavar="static|eplb|vibe",
+        metavar="static|eplb|vibe|probe",
         help="With --expert-parallel, where experts lie: where they are at first (static), so that ranks get like numbers of "
-        "tokens (eplb), or so that ranks end together, slow ones and fast ones (vibe).",
+        "tokens (eplb), or so that ranks end together, slow ones and fast ones (vibe); or there, with copies for each step "
+        "where they are predicted to be wanted (probe).",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

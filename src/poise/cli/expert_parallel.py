@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from poise.engine.parallel_llm import ParallelLLM
     from poise.parallel.launch import Launch
 
-BALANCES = ("static", "eplb", "vibe")
-"""As in ``engine.parallel_llm``, which is not imported before it is needed."""
+BALANCES = ("static", "eplb", "vibe", "probe")
+"""As in ``engine.balances``, which is not imported before it is needed."""
 CALL_OFF_S = 60.0
 
 

@@ -10,7 +10,9 @@ import torch
 
 from poise.engine.blueprint import Blueprint
 from poise.errors import UsageError
-from poise.parallel.forecast import Forecast, LastPass, Replayed
+from poise.model.fingerprint import model_fingerprint
+from poise.model.lookahead import Lookahead
+from poise.parallel.forecast import Ahead, Forecast, LastPass, Replayed
 from poise.parallel.group import RankGroup
 from poise.parallel.links import open_links
 from poise.parallel.migration import Migration
@@ -37,7 +39,7 @@ def stepwise(
     """All ranks at once. ``curves``: of the ranks, where they were measured. Raises UsageError."""
     placement, sources_LE = migration.placement, drawn.layout.experts_LE
     layers, num_experts = len(placement.layers), placement.num_experts
-    forecast = forecast_of(options, rank=group.rank, num_layers=layers, num_experts=num_experts)
+    forecast = forecast_of(options, drawn, rank=group.rank, num_layers=layers, num_experts=num_experts)
     links_R = _rates(group, experts.slot_bytes / migration.move_s)
     slots = ReplicaSlots(sources_LE, replica_slots=options.replica_slots, device=group.device)
     links = Links(
@@ -68,14 +70,23 @@ def stepwise(
     )
 
 
-def forecast_of(options: StepOptions, *, rank: int, num_layers: int, num_experts: int) -> Forecast | None:
-    """Who predicts; None: nobody, replicas are fetched behind the router. Raises UsageError."""
+def forecast_of(
+    options: StepOptions, drawn: Blueprint, *, rank: int, num_layers: int, num_experts: int
+) -> Forecast | None:
+    """Who predicts; None: nobody, replicas are fetched behind the router. Raises UsageError, TraceError."""
     if options.predictor == "none":
         return None
     if options.predictor == "replayed":
         assert options.replay is not None, "there is a file to replay"
         return Replayed(_replay(options.replay, rank, num_layers, num_experts))
-    return LastPass(num_layers, num_experts)
+    if options.predictor == "last":
+        return LastPass(num_layers, num_experts)
+    if options.lookahead is None:
+        lookahead = Lookahead.of_model(drawn.model, drawn.modules)
+    else:
+        fingerprint = model_fingerprint(drawn.checkpoint)
+        lookahead = Lookahead.load(options.lookahead, drawn.model, drawn.modules, fingerprint=fingerprint)
+    return Ahead(lookahead, num_layers, num_experts)
 
 
 def _replay(file: Path, rank: int, num_layers: int, num_experts: int) -> npt.NDArray[np.int64]:

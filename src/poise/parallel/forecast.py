@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from poise.model.lookahead import Lookahead
+
 Counts = npt.NDArray[np.int64]
 
 
@@ -37,6 +39,25 @@ class LastPass:
 
     def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor) -> Counts:
         return np.array(self._last_LE[layer])
+
+
+class Ahead:
+    """By the router of the layer to come, asked a layer early; what cannot be predicted is as in the pass before."""
+
+    def __init__(self, lookahead: Lookahead, num_layers: int, num_experts: int) -> None:
+        self._lookahead = lookahead
+        self._last = LastPass(num_layers, num_experts)
+        self._num_experts = num_experts
+
+    def saw(self, layer: int, own_E: Counts) -> None:
+        self._last.saw(layer, own_E)
+
+    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor) -> Counts:
+        if not self._lookahead.predicts(layer):
+            return self._last.counts_E(layer, hidden_TH, real_T)
+        if not len(hidden_TH):
+            return np.zeros(self._num_experts, dtype=np.int64)
+        return np.asarray(self._lookahead.counts_E(layer, hidden_TH, real_T), dtype=np.int64)
 
 
 class Replayed:

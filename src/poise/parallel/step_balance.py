@@ -84,8 +84,9 @@ class StepBalance:
         RankLostError when a rank is lost meanwhile."""
         if self._group.is_first:
             self._planner.rehearse()
-        self._group.meet("compiled")
-        if not self._group.is_first:
+            self._group.put("compiled", "yes")
+        else:
+            self._group.hear("compiled")
             self._planner.rehearse()
         self._group.meet("ready to balance")
 
