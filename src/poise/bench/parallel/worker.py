@@ -30,6 +30,7 @@ from poise.engine.vibe import Vibe
 from poise.parallel.launch import Launch
 from poise.parallel.moe_layer import LayerRecord
 from poise.parallel.step_options import StepOptions
+from poise.plan.rebalance import Rebalance
 from poise.spec.placement import Placement
 from poise.spec.whole_file import write_whole
 
@@ -85,7 +86,9 @@ class _Rank:
 
     def _open(self) -> ParallelLLM:
         job = self._job
-        named, policy, steps = BALANCES[job["balance"]], None, None
+        named = BALANCES[job["balance"]]
+        policy: Rebalance | None = None
+        steps: StepOptions | None = None
         if isinstance(named, StepOptions):
             steps = replace(named, **job.get("steps", {}))
             policy = Vibe(**job.get("policy", {})) if job.get("behind") == "vibe" else None
