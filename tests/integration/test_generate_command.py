@@ -58,6 +58,17 @@ def test_json_holds_results_figures_and_plan(model: Path, prompts: Path) -> None
     assert document["stats"]["generated_tokens"] == sum(4 + number for number in range(6))
     assert document["stats"]["peak_bytes"] - document["stats"]["base_bytes"] <= document["stats"]["budget_bytes"]
     assert document["plan"]["expert_slots"] >= 1
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("poise: plan: "))
+    plan, measured = document["plan"], document["stats"]["generated_tokens_per_s"]
+    for said in (
+        f"{plan['num_batches']} x {plan['batch_size']} rows",
+        f"{plan['prefetch_experts']} experts read ahead",
+        f"{plan['expert_slots']} of {plan['experts']} experts in memory",
+        "keys and values in memory",
+        f"bottleneck: {plan['bottleneck']}",
+        f"{measured:.3g} tokens/s measured, {plan['predicted_tokens_per_s']:.3g} predicted ({plan['bound_frac']:.0%} of",
+    ):
+        assert said in line
 
 
 def test_an_interrupted_run_leaves_no_partial_file_and_resumes_to_the_same_answers(

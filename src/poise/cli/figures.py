@@ -1,4 +1,4 @@
-"""What `poise generate` says of a run in numbers: its plan before, its speed meanwhile, what it took at the end."""
+"""What `poise generate` says of a run in numbers: the model before, its speed meanwhile, its plan and what it took after."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from poise.engine.parallel_llm import ParallelLLM
 
 
-def say_header(plan: Mapping[str, object]) -> None:
-    """The model and its plan in numbers, before a run."""
-    say(f"dtype: {plan['dtype']} ({plan['dtype_reason']})")
+def say_header(model: Mapping[str, object]) -> None:
+    """The model in numbers, before a run."""
+    say(f"dtype: {model['dtype']} ({model['dtype_reason']})")
     facts = []
-    for name, value in plan.items():
+    for name, value in model.items():
         if name.startswith("dtype"):
             continue
         if name.endswith("_bytes") and isinstance(value, int | float):
@@ -52,6 +52,18 @@ def rates(stats: Mapping[str, Any]) -> str:
     """Speed, bytes read, hits, for a line of progress."""
     speed = f"{stats['generated_tokens_per_s']:.3g} tokens/s"
     return f"{speed}, {format_bytes(stats['bytes_read'])} read, {stats['hit_frac']:.0%} expert hits"
+
+
+def plan_line(plan: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
+    """How the run was planned, and what came of it. ``plan``: what ``LLM.describe`` says after a run."""
+    streamed = f", {plan['dense_layers_streamed']} dense layers streamed" if plan["dense_layers_streamed"] else ""
+    return (
+        f"plan: {plan['num_batches']} x {plan['batch_size']} rows (n x bs), {plan['prefetch_experts']} experts read ahead "
+        f"(K), {plan['expert_slots']} of {plan['experts']} experts in memory, keys and values "
+        f"{'on disk' if plan['kv_on_disk'] else 'in memory'}{streamed}; bottleneck: {plan['bottleneck']}; "
+        f"{stats['generated_tokens_per_s']:.3g} tokens/s measured, {plan['predicted_tokens_per_s']:.3g} predicted "
+        f"({plan['bound_frac']:.0%} of what perfect overlap would give)"
+    )
 
 
 def summary(stats: Mapping[str, Any]) -> Iterator[str]:

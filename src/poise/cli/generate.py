@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poise.cli.expert_parallel import BALANCES, call_off, closing_lines, follow, this_launch
-from poise.cli.figures import measured, rates, say_header, summary, taken
+from poise.cli.figures import measured, plan_line, rates, say_header, summary, taken
 from poise.cli.output import ResultFile, fingerprint, finished_results, output_line, writable_file
 from poise.cli.progress import Bar, PlainLines, say
 from poise.cli.prompts import PromptRequest, place_of, read_requests
@@ -189,6 +189,8 @@ def _generate(
                     )
                     closing = closing_lines(llm, options.timeline)
                 stats, plan = taken(llm), llm.describe()
+                if isinstance(llm, LLM):
+                    closing = [plan_line(plan, stats)]
         except PromptError as error:
             raise _placed(error, pending, options.prompt_file) from None
         finally:

@@ -44,5 +44,6 @@ def plan_facts(drawn: Blueprint, plan: PipelinePlan) -> dict[str, object]:
         "activation_bytes": plan.activation_bytes,
         "predicted_tokens_per_s": round(plan.predicted_tokens_per_s, 2),
         "bound_tokens_per_s": round(plan.bound_tokens_per_s, 2),
+        "bound_frac": round(plan.bound_frac, 3),
         "bottleneck": plan.bottleneck,
     }
