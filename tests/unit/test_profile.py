@@ -16,7 +16,7 @@ from poise.errors import UsageError
 from poise.model.int4 import Int4Weight
 from poise.profile import calibrate as calibration
 from poise.profile import rates
-from poise.profile.calibrate import calibrate, default_cache_folder, machine_fingerprint
+from poise.profile.calibrate import calibrate, default_cache_folder, machine_fingerprint, typical_spread
 from poise.profile.experts import load_experts
 from poise.profile.layers import Layers
 from poise.profile.measure import Measurement
@@ -189,6 +189,29 @@ def test_what_a_busy_machine_gives_is_used_but_not_kept(
         assert calibrate(subject, effort=TINY, cache_folder=tmp_path) == profile.machine
     assert "this machine is busy: the times measured of it vary by 40 %" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_disk_alone_can_be_too_busy(checkpoint: MakeCheckpoint) -> None:
+    """Two runs are all that a slow disk has time for; one says nothing."""
+    profile = profile_machine([subject_of_checkpoint(checkpoint("mixtral"))], TINY, on_progress=lambda *_: None)
+    quiet, wide = (Measurement(seconds=1.0, low_s=0.9, high_s=high_s, runs=2) for high_s in (1.1, 1.4))
+    points = tuple(replace(point, time=replace(quiet, runs=6)) for point in profile.points)
+    steady = replace(profile, points=points, disk=quiet)
+    assert typical_spread(steady) == pytest.approx(0.1)
+    assert typical_spread(replace(steady, disk=wide)) == pytest.approx(0.4)
+    assert typical_spread(replace(steady, disk=replace(wide, runs=1))) == pytest.approx(0.1)
+
+
+def test_what_was_measured_otherwise_is_measured_anew(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = subject_of_checkpoint(checkpoint("mixtral"))
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "MEASURED_AS", calibration.MEASURED_AS - 1)
+        old = calibrate(subject, effort=TINY, cache_folder=tmp_path)
+    replace(old, devices=(replace(old.devices[0], speed=2.0),)).save(next(tmp_path.iterdir()))
+    assert calibrate(subject, effort=TINY, cache_folder=tmp_path).devices[0].speed == 1.0
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_other_shapes_threads_and_efforts_are_measured_for_themselves(

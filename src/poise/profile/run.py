@@ -103,10 +103,11 @@ class TimedPoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """The machine, and what it was made of. ``notes``: what a reader of the figures must know."""
+    """The machine, and what it was made of. ``disk``: runs of reads; ``notes``: what a reader of the figures must know."""
 
     machine: Machine
     points: tuple[TimedPoint, ...]
+    disk: Measurement
     notes: tuple[str, ...]
 
 
@@ -140,11 +141,11 @@ def profile_machine(
     points = [replace(point, device=device) for point in points]
     copy_bytes = min(COPY_BYTES, effort.scratch_bytes // 2)
     ((copy,),) = group("copies in memory", 0.06, [copy_run(copy_bytes, clock)])
-    disk, notes = _disk(subjects, clock, group)
+    disk, reads, notes = _disk(subjects, clock, group)
     measured_device = Device(name=device, memory_bytes=device_bytes(device), curves=tuple(_curves(points)))
     dram = Tier(name="dram", capacity_bytes=memory_bytes(), bytes_per_s=copy_bytes / copy.seconds)
     machine = Machine(devices=(measured_device,), tiers=(dram, disk), measured=provenance(device))
-    return Profile(machine=machine, points=tuple(points), notes=(*_notes(points, subjects), *notes))
+    return Profile(machine=machine, points=tuple(points), disk=reads, notes=(*_notes(points, subjects), *notes))
 
 
 def provenance(device: str = "cpu") -> Provenance:
@@ -233,7 +234,7 @@ def _head_points(subject: Subject, effort: Effort, clock: Clock, group: Group, d
         yield TimedPoint(kind="dense", shape=subject.dense_shape, tokens=tokens, time=time_s, flops=flops)
 
 
-def _disk(subjects: Sequence[Subject], clock: Clock, group: Group) -> tuple[Tier, list[str]]:
+def _disk(subjects: Sequence[Subject], clock: Clock, group: Group) -> tuple[Tier, Measurement, list[str]]:
     notes = []
     with ExitStack() as stack:
         sources_LE = subjects[0].sources_LE
@@ -248,7 +249,8 @@ def _disk(subjects: Sequence[Subject], clock: Clock, group: Group) -> tuple[Tier
         if not reads.is_direct:
             notes.append("disk: the file system refuses direct reads; the rate may be that of the page cache")
         capacity = shutil.disk_usage(Path(experts[0][0].file).parent).total
-    return Tier(name="disk", capacity_bytes=capacity, bytes_per_s=reads.bytes_per_run / time_s.seconds), notes
+    tier = Tier(name="disk", capacity_bytes=capacity, bytes_per_s=reads.bytes_per_run / time_s.seconds)
+    return tier, time_s, notes
 
 
 def _curves(points: Sequence[TimedPoint]) -> Iterator[Curve]:

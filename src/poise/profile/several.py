@@ -32,7 +32,8 @@ def profile_devices(
         for profile, device in zip(profiles, machine.devices, strict=True)
         for note in profile.notes
     ]
-    return Profile(machine=machine, points=tuple(points), notes=tuple(notes))
+    slowest = max((profile.disk for profile in profiles), key=lambda disk: disk.seconds)
+    return Profile(machine=machine, points=tuple(points), disk=slowest, notes=tuple(notes))
 
 
 def _part_of(name: str, index: int, count: int, on_progress: OnProgress) -> OnProgress:
