@@ -29,6 +29,7 @@ FLAGS = {
     ),
     "demo": "--json",
     "profile": "--merge --output --report --json",
+    "distill": "--prompts --output --width --epochs --control --memory --json",
     "record": "--prompts --output --table --max-tokens --memory --json",
     "place": (
         "--trace --machine --ranks --slots-per-rank --shape --current --max-moves --format --first-layer --num-layers "

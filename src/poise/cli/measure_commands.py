@@ -1,4 +1,4 @@
-"""`poise profile`, `poise record` and `poise place`: what is measured of a machine and a model, and where experts go by it."""
+"""`poise profile`, `record`, `distill` and `place`: what is measured and learnt of a machine and a model, and its use."""
 
 from __future__ import annotations
 
@@ -92,6 +92,52 @@ def record(
             table=table,
             memory=memory,
             sampling=sampling,
+            json_output=json_output,
+        )
+    )
+
+
+@commands.command(
+    epilog="Example: poise distill ./OLMoE-1B-7B --prompts text.jsonl --output lookahead.safetensors --memory 4GiB"
+)
+def distill(
+    model: Model,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help="Text to learn from, a document a line, as `poise generate --prompts` reads it."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Write the predictors to this file (safetensors).")],
+    width: Annotated[int | None, typer.Option(metavar="N", help="Of each layer's residual; else 128.")] = None,
+    epochs: Annotated[int, typer.Option(metavar="N", help="How often the text is learnt from.")] = 1,
+    control: Annotated[
+        bool | None,
+        typer.Option(
+            "--control/--no-control",
+            help="Also run an untrained model of the same configuration, which is written to disk for it; else if under 2 GiB.",
+        ),
+    ] = None,
+    memory: Memory = "auto",
+    json_output: Json = False,
+) -> None:
+    """Trains lookahead predictors: which experts a layer will need, told from the hidden states one MoE layer before.
+
+    A tenth of the documents is held out; on it prints per layer how many of a token's experts are named, how far counts are
+    off, and what imbalance is left when replicas are planned on predicted counts: frozen routers, distilled ones, the
+    correlation table, frequencies, and the routers of an untrained model.
+    """
+    from poise.cli.distill import DistillOptions, run_distill
+
+    run_distill(
+        DistillOptions(
+            model=model,
+            prompt_file=prompts,
+            output=output,
+            width=width,
+            epochs=epochs,
+            control=control,
+            memory=memory,
             json_output=json_output,
         )
     )

@@ -19,6 +19,7 @@ from poise.engine.dense_weights import DenseLayers, find_dense_layers
 from poise.engine.dtype import DtypeChoice, choose_for_device
 from poise.engine.footprint import automatic_budget_bytes, reset_peak, resident_bytes
 from poise.engine.kv_file import can_hold_kv
+from poise.engine.lookahead_use import LookaheadUse, kept_weights, lookahead_bytes
 from poise.engine.planning import (
     ORDINARY,
     SHORTEST,
@@ -47,6 +48,7 @@ from poise.model.inspect import ExpertsModule, build_meta_model, choose_dtype, f
 from poise.model.int4_making import OnMade
 from poise.model.int4_store import Int4Store
 from poise.model.layout import CheckpointLayout, find_layout
+from poise.model.lookahead_sites import RouterSite, find_sites
 from poise.model.weights import int4_scratch_bytes_for, slot_bytes_for, staging_bytes_for, unpacked_if_it_fits
 from poise.offload.unpacker import ring_bytes_for
 from poise.plan.candidates import PipelineModel
@@ -81,6 +83,7 @@ class Options:
     scratch_directory: str | Path | None = None
     correlation_table: str | Path | None = None
     trace: str | Path | None = None
+    lookahead: LookaheadUse | None = None
     experts_stay: bool = False
     """On ranks: all experts of one are in its memory, so that it may be a GPU's."""
 
@@ -100,6 +103,7 @@ class Blueprint:
     """``model`` lies on the meta device, its experts taken out, until it is loaded in place; all else does not change.
 
     ``base_bytes``: what the process held before anything that the budget counts. ``end_tokens``: they end a sequence.
+    ``sites``: its routers, where there is a lookahead.
     """
 
     options: Options
@@ -112,6 +116,7 @@ class Blueprint:
     tokenizer: Any
     end_tokens: frozenset[int]
     table: CorrelationTable | None
+    sites: tuple[RouterSite | None, ...]
     budget_bytes: int
     base_bytes: int
     dense: DenseLayers
@@ -216,8 +221,11 @@ def draw_up(
             layout = layout_in_4_bits(checkpoint, layout, meta, modules)
     elif options.expert_slots is None:
         layout = unpacked_if_it_fits(layout, budget_bytes - dense_nbytes(meta) - OVERHEAD_BYTES)
-    scratch_bytes = _scratch_bytes(layout)
-    dense = find_dense_layers(meta, modules, layout, dtype.dtype, dense_layers=options.dense_layers)
+    use = options.lookahead
+    sites = () if use is None else find_sites(meta, modules)
+    scratch_bytes = _scratch_bytes(layout) + (0 if use is None else lookahead_bytes(use, sites, modules))
+    kept = kept_weights(meta, sites)
+    dense = find_dense_layers(meta, modules, layout, dtype.dtype, dense_layers=options.dense_layers, kept=kept)
     probed = probe_ahead(meta)
     spec = model_spec(meta, layout, probed.top_k, dtype.dtype)
     return Blueprint(
@@ -231,6 +239,7 @@ def draw_up(
         tokenizer=load_tokenizer(checkpoint),
         end_tokens=end_tokens(checkpoint, config),
         table=table,
+        sites=sites,
         budget_bytes=budget_bytes,
         base_bytes=base_bytes,
         dense=dense,

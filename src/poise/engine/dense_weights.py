@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,15 @@ def find_dense_layers(
     dtype: torch.dtype,
     *,
     dense_layers: int | None,
+    kept: Collection[str] = (),
 ) -> DenseLayers:
     """``dense_layers``: decoder layers whose dense weights stay in memory; None: any number, as the planner chooses.
 
+    ``kept``: parameters that stay in any case.
+
     Raises UsageError for a number of layers that the model does not have.
     """
-    layers = find_decoder_layers(model, modules, layout, dtype)
+    layers = find_decoder_layers(model, modules, layout, dtype, kept=kept)
     if dense_layers is not None and not 0 <= dense_layers <= len(layers):
         raise UsageError(f"dense_layers is {dense_layers}; the model has {len(layers)} layers: give 0 to {len(layers)}")
     spec = DenseSpec(

@@ -11,7 +11,7 @@ from time import perf_counter_ns
 
 import torch
 
-from poise.engine.routing import RoutingListener, choices_TK
+from poise.engine.routing import RoutingListener, SeamListener, choices_TK, hidden_TH
 from poise.model.moe_layer import chosen_experts, run_experts
 from poise.model.seam import Forward, Parked
 from poise.offload.dense_stream import DenseStream
@@ -37,6 +37,7 @@ class Executor:
         dense: DenseStream | None,
         kv: KvStream | None,
         listeners: Sequence[RoutingListener],
+        seam_listeners: Sequence[SeamListener] = (),
     ) -> None:
         self._forwards = forwards
         self._real = real
@@ -45,6 +46,7 @@ class Executor:
         self._dense = dense
         self._kv = kv
         self._listeners = listeners
+        self._seam_listeners = seam_listeners
         self._outputs: list[torch.Tensor] = []
 
     def run(self, schedule: Schedule) -> list[torch.Tensor]:
@@ -100,10 +102,15 @@ class Executor:
         self._store.request(step.layer, chosen_experts(parked, real_T))
 
     def _predict(self, step: Step) -> None:
-        chosen_TK = choices_TK(self._all_parked(step.layer), self._real)
+        parked = self._all_parked(step.layer)
+        chosen_TK = choices_TK(parked, self._real)
         self._store.judge(step.layer, chosen_TK)
         for listener in self._listeners:
             listener.on_layer(step.layer, chosen_TK)
+        if self._seam_listeners:
+            seen_TH = hidden_TH(parked, self._real)
+            for watcher in self._seam_listeners:
+                watcher.on_seam(step.layer, seen_TH, chosen_TK)
 
     def _experts(self, step: Step) -> None:
         parked = self._all_parked(step.layer)

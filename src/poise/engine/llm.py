@@ -21,6 +21,7 @@ from poise.engine.facts import model_facts, plan_facts
 from poise.engine.finite import cause_of_not_finite
 from poise.engine.footprint import give_back_freed_memory, peak_resident_bytes, return_freed_memory
 from poise.engine.kv_file import open_kv, refuse_if_disk_is_full
+from poise.engine.lookahead_use import LookaheadUse, make_lookahead
 from poise.engine.loop import Listeners, Loop, OnLogits, OnProgress, OnText
 from poise.engine.planning import routing_in, workload_of
 from poise.engine.prefetcher import Prefetcher, empty_table, make_prefetcher
@@ -61,9 +62,10 @@ class LLM:
     None: where that is planned to be faster. ``machine``: what this machine was measured to take, or the file that `poise
     profile` wrote; None: measured briefly, once. ``policy``: how passes run. ``correlation_table``: what `poise record
     --table` or ``save_table`` wrote, else it is learnt while generating; ``learns_table``: also where no expert streams.
-    ``groups``: (batch size, batches) among which to choose; None: any. ``expected``: what ``generate`` will be given, if that
-    is known; what is wrong with it is then said before weights are read. Raises
-    UsageError (CheckpointError, BudgetError) with one clear line for anything that cannot run.
+    ``lookahead``: with a predictor of each layer's routing, ``LLM.lookahead``. ``groups``: (batch size, batches) among
+    which to choose; None: any. ``expected``: what ``generate`` will be given, if that is known; what is wrong with it is then
+    said before weights are read. Raises UsageError (CheckpointError, BudgetError) with one clear line for anything that cannot
+    run.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class LLM:
         policy: Policy | None = None,
         correlation_table: str | Path | None = None,
         learns_table: bool = False,
+        lookahead: LookaheadUse | None = None,
         groups: Sequence[tuple[int, int]] | None = None,
         scratch_directory: str | Path | None = None,
         on_made: OnMade | None = None,
@@ -108,6 +111,7 @@ class LLM:
             groups=groups,
             scratch_directory=scratch_directory,
             correlation_table=correlation_table,
+            lookahead=lookahead,
         )
         self._blueprint = draw_up(model, options, on_made=on_made)
         rows = [self._blueprint.row(index, *each) for index, each in enumerate(expected)]
@@ -129,6 +133,9 @@ class LLM:
             self._kv = open_kv(drawn.options.scratch_directory)
         self._runner = Runner(drawn.model, drawn.modules, store, dense=self._dense.stream)
         self._blueprint = drawn.corrected(probe(drawn.model, drawn.device))
+        use = drawn.options.lookahead
+        of_model = (drawn.model, drawn.modules, drawn.sites, drawn.checkpoint)
+        self.lookahead = None if use is None else make_lookahead(use, *of_model)
         self._table = drawn.table or empty_table(self.spec)
         self._learner = Prefetcher(self._table, None)
         self._prefetcher = make_prefetcher(self._policy, store, self._table)

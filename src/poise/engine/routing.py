@@ -27,6 +27,24 @@ class RoutingListener(Protocol):
     def on_layer(self, layer: int, chosen_TK: Ints) -> None: ...
 
 
+class SeamListener(Protocol):
+    """One that wants to know what was seen where a choice was made: the lookahead predictor, and what teaches it.
+
+    ``hidden_TH``: the hidden states of the same real tokens, in the same order, made in inference mode; they hold until the
+    call returns.
+    """
+
+    def on_seam(self, layer: int, hidden_TH: torch.Tensor, chosen_TK: Ints) -> None: ...
+
+
+def hidden_TH(parked: Sequence[Parked], real: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """The hidden states of all real tokens of a group, one batch below the other."""
+    states = [
+        entry.hidden_TH if mask is None else entry.hidden_TH[mask] for entry, mask in zip(parked, real, strict=True)
+    ]
+    return states[0] if len(states) == 1 else torch.cat(states)
+
+
 def choices_TK(parked: Sequence[Parked], real: Sequence[torch.Tensor | None]) -> Ints:
     """The choices of all real tokens of a group, one batch below the other."""
     chosen = [

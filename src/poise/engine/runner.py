@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from poise.engine.executor import Executor
-from poise.engine.routing import RoutingListener
+from poise.engine.routing import RoutingListener, SeamListener
 from poise.model.inspect import ExpertsModule
 from poise.model.seam import Forward, attach
 from poise.offload.dense_stream import DenseStream
@@ -58,6 +58,7 @@ class Runner:
         self._last: tuple[tuple[object, ...], Schedule] | None = None
         self.policy = Policy()
         self._listeners: list[RoutingListener] = []
+        self._seam_listeners: list[SeamListener] = []
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
 
     def run(self, group: Sequence[ForwardInputs]) -> list[torch.Tensor]:
@@ -73,6 +74,7 @@ class Runner:
                 dense=self.dense,
                 kv=self.kv,
                 listeners=self._listeners,
+                seam_listeners=self._seam_listeners,
             )
             try:
                 return executor.run(schedule)
@@ -86,6 +88,11 @@ class Runner:
         """Tells a listener where tokens go from the next pass on, or no longer. None: nobody."""
         others = [each for each in self._listeners if each is not listener]
         self._listeners = [*others, listener] if on and listener is not None else others
+
+    def watch(self, watcher: SeamListener | None, *, on: bool = True) -> None:
+        """The same for one that wants the hidden states at each MoE layer as well."""
+        others = [each for each in self._seam_listeners if each is not watcher]
+        self._seam_listeners = [*others, watcher] if on and watcher is not None else others
 
     def _forward(self, arguments: Mapping[str, Any]) -> Callable[[], torch.Tensor]:
         """Passes on what the model's forward takes; a model that computes all logits is cut to the last itself."""

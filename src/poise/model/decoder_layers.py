@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,17 @@ class DecoderLayer:
 
 
 def find_decoder_layers(
-    model: Any, modules: Sequence[ExpertsModule], layout: CheckpointLayout, dtype: torch.dtype
+    model: Any,
+    modules: Sequence[ExpertsModule],
+    layout: CheckpointLayout,
+    dtype: torch.dtype,
+    *,
+    kept: Collection[str] = (),
 ) -> list[DecoderLayer]:
-    """All layers of the list in which the experts' layers are, in their order. The model may lie on the meta device."""
+    """All layers of the list in which the experts' layers are, in their order. The model may lie on the meta device.
+
+    ``kept``: parameters that are no part of any, as they must be there outside their layer's turn.
+    """
     place = re.match(r"(.*?)\.\d+\.", modules[0].name)
     assert place is not None, f"{modules[0].name} is in no list of layers"
     names = [f"{place[1]}.{key}" for key, _ in model.get_submodule(place[1]).named_children()]
@@ -58,6 +66,7 @@ def find_decoder_layers(
             source = sources.get(full)
             if (
                 source is not None
+                and full not in kept
                 and source.nbytes
                 and holders[id(parameter)] == 1
                 and DTYPE_OF_SAFETENSORS.get(source.dtype) == parameter.dtype

@@ -20,7 +20,7 @@ from torch import nn
 
 from poise.model.inspect import ExpertsModule
 from poise.model.lookahead_router import FrozenRouter
-from poise.model.lookahead_sites import find_sites
+from poise.model.lookahead_sites import RouterSite, find_sites
 from poise.spec.tensor_file import TensorFormat
 
 Ints = npt.NDArray[np.int64]
@@ -65,15 +65,24 @@ class Lookahead(nn.Module):
         self.residuals = nn.ModuleDict()
 
     @classmethod
-    def of_model(cls, model: Any, modules: Sequence[ExpertsModule], *, width: int | None = None, seed: int = 0) -> Self:
+    def of_model(
+        cls,
+        model: Any,
+        modules: Sequence[ExpertsModule],
+        *,
+        width: int | None = None,
+        seed: int = 0,
+        sites: Sequence[RouterSite | None] | None = None,
+    ) -> Self:
         """``model``: loaded; ``modules``: its experts modules in order of layer. ``width``: of the residuals; None: none.
 
-        ``seed``: of the residuals' inner weights. The outer ones are zero, so at first a width changes nothing.
+        ``seed``: of the residuals' inner weights. The outer ones are zero, so at first a width changes nothing. ``sites``: its
+        routers, if they were found before.
         """
         idle_L = [module.num_experts + module.num_idle for module in modules]
         routers = [
             None if site is None else FrozenRouter(model, site, outputs)
-            for site, outputs in zip(find_sites(model, modules), idle_L, strict=True)
+            for site, outputs in zip(sites or find_sites(model, modules), idle_L, strict=True)
         ]
         usable = [router if router is not None and router.is_loaded else None for router in routers]
         lookahead = cls(usable, [module.num_experts for module in modules], width)
@@ -141,7 +150,15 @@ class Lookahead(nn.Module):
         LOOKAHEAD_FORMAT.save(path, tensors, {"model": model, "layers": list(layers)})
 
     @classmethod
-    def load(cls, path: Path, model: Any, modules: Sequence[ExpertsModule], *, fingerprint: str) -> Self:
+    def load(
+        cls,
+        path: Path,
+        model: Any,
+        modules: Sequence[ExpertsModule],
+        *,
+        fingerprint: str,
+        sites: Sequence[RouterSite | None] | None = None,
+    ) -> Self:
         """``fingerprint``: of the loaded ``model``. Raises TraceError for a file that is damaged or of another model."""
         tensors, fields = LOOKAHEAD_FORMAT.load(path)
         if fields["model"] != fingerprint:
@@ -152,7 +169,7 @@ class Lookahead(nn.Module):
             raise LOOKAHEAD_FORMAT.refusal(path, "is damaged: it has weights that are not finite")
         if width < 1 or outer_PEW.shape[2] != width:
             raise LOOKAHEAD_FORMAT.refusal(path, "is damaged: its tensors are of different widths")
-        lookahead = cls.of_model(model, modules, width=width)
+        lookahead = cls.of_model(model, modules, width=width, sites=sites)
         if fields["layers"] != list(lookahead.learning_layers):
             raise LOOKAHEAD_FORMAT.refusal(path, "is damaged: it is of other layers than the model's")
         shapes = [_stacked([getattr(r, n) for r in lookahead._residuals()]).shape for n in ("inner_WH", "outer_EW")]
@@ -182,6 +199,12 @@ class Lookahead(nn.Module):
             return None
         added_TE: torch.Tensor = self.residual(layer)(hidden_TH)
         return added_TE
+
+
+def saved_width(path: Path) -> int:
+    """The width of a saved predictor. Raises TraceError for a file that is none."""
+    tensors, _ = LOOKAHEAD_FORMAT.load(path)
+    return int(tensors["inner"].shape[1])
 
 
 def _stacked(weights: Sequence[torch.Tensor]) -> npt.NDArray[Any]:
