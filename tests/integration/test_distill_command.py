@@ -62,7 +62,8 @@ def test_predictors_are_learnt_examined_and_written(text: Path, tmp_path: Path) 
         assert all(llm.lookahead.residual(layer).outer_EW.any() for layer in (1, 5))
 
 
-def test_a_file_of_another_model_is_refused(text: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_without_json_tables_are_printed_and_the_file_is_refused_for_another_model(text: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.jsonl"
     short.write_text("\n".join(text.read_text().splitlines()[-3:]) + "\n")
     file = tmp_path / "p.safetensors"
