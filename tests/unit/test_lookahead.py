@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from poise.errors import TraceError
 from poise.model.inspect import ExpertsModule, build_meta_model, find_experts
 from poise.model.lookahead import Lookahead
 from poise.model.lookahead_sites import find_sites
-from poise.model.seam import Forward, Parked
+from poise.model.seam import Forward
 from tests.conftest import MakeCheckpoint, OpenRunner
 from tests.parity.registry_configs import tiny_config
 
@@ -36,16 +36,18 @@ def opened(checkpoint: MakeCheckpoint, open_runner: OpenRunner) -> Callable[...,
     return build
 
 
-def parks(model: Any) -> Iterator[Parked]:
-    """Where a forward over random tokens parks; the experts answer with noise."""
+def parks(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden states and choices where a forward over random tokens parks; the experts answer with noise."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 128, (1, TOKENS), generator=generator)
+    seen = []
     with torch.inference_mode():
         forward = Forward(lambda: model(input_ids=ids, use_cache=False).logits)
         parked = forward.start()
         while parked is not None:
-            yield parked
+            seen.append((parked.hidden_TH.clone(), parked.top_k_index_TK.clone()))
             parked = forward.resume(torch.randn(parked.hidden_TH.shape, generator=generator))
+    return [(hidden_TH.clone(), index_TK.clone()) for hidden_TH, index_TK in seen]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -56,10 +58,10 @@ def test_at_its_own_seam_a_frozen_router_chooses_what_the_model_chose(
     lookahead = Lookahead.of_model(model, modules)
     assert lookahead.predicted_layers == tuple(range(1, len(modules)))
     layers = 0
-    for layer, parked in enumerate(parks(model)):
-        chosen_TK = lookahead.own_choices_TK(layer, parked.hidden_TH)
+    for layer, (hidden_TH, index_TK) in enumerate(parks(model)):
+        chosen_TK = lookahead.own_choices_TK(layer, hidden_TH)
         assert chosen_TK.dtype == torch.int64
-        assert torch.equal(chosen_TK, parked.top_k_index_TK)
+        assert torch.equal(chosen_TK, index_TK)
         layers += 1
     assert layers == len(modules)
 
@@ -69,7 +71,7 @@ def test_a_new_residual_changes_nothing_and_a_trained_one_does(architecture: str
     model, modules = opened(architecture)
     frozen, lookahead = Lookahead.of_model(model, modules), Lookahead.of_model(model, modules, width=5)
     assert lookahead.learning_layers == frozen.predicted_layers
-    before = [parked.hidden_TH.clone() for parked in parks(model)]
+    before = [hidden_TH for hidden_TH, _ in parks(model)]
     for layer in frozen.predicted_layers:
         router_TK = frozen.own_choices_TK(layer, before[layer - 1])
         assert torch.equal(frozen.choices_TK(layer, before[layer - 1]), router_TK)
@@ -82,7 +84,7 @@ def test_a_new_residual_changes_nothing_and_a_trained_one_does(architecture: str
 def test_what_is_added_lies_on_the_logits_that_the_router_chooses_by(opened: Callable[..., Model]) -> None:
     model, modules = opened("mixtral")
     lookahead = Lookahead.of_model(model, modules, width=5)
-    hidden_TH = next(parks(model)).hidden_TH.clone()
+    hidden_TH, _ = parks(model)[0]
     with torch.no_grad():
         lookahead.residual(1).outer_EW.normal_()
         added_TE = lookahead.residual(1)(hidden_TH)
@@ -113,7 +115,7 @@ def test_hash_routing_is_not_predicted_and_the_layers_behind_it_are() -> None:
 def test_counts_are_of_the_real_tokens(opened: Callable[..., Model]) -> None:
     model, modules = opened("deepseek_v3")
     lookahead = Lookahead.of_model(model, modules)
-    hidden_TH = next(parks(model)).hidden_TH.clone()
+    hidden_TH, _ = parks(model)[0]
     real_T = torch.arange(TOKENS) >= 4
     chosen_TK = lookahead.choices_TK(1, hidden_TH)[4:]
     counts_E = lookahead.counts_E(1, hidden_TH, real_T)
@@ -129,7 +131,7 @@ def test_what_was_saved_predicts_the_same(opened: Callable[..., Model], tmp_path
         lookahead.residual(1).outer_EW.normal_()
     lookahead.save(tmp_path / "p.safetensors", model="a" * 32)
     loaded = Lookahead.load(tmp_path / "p.safetensors", model, modules, fingerprint="a" * 32)
-    hidden_TH = next(parks(model)).hidden_TH.clone()
+    hidden_TH, _ = parks(model)[0]
     assert loaded.width == 6
     assert torch.equal(loaded.choices_TK(1, hidden_TH), lookahead.choices_TK(1, hidden_TH))
 
