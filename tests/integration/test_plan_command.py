@@ -49,7 +49,8 @@ def test_the_plan_adds_up_to_the_budget_and_is_what_runs(capsys: pytest.CaptureF
     plan = planned(capsys)
     memory = [each for each in plan["tiers"] if each["tier"] == "memory"]
     assert sum(each["nbytes"] for each in memory) == plan["budget_bytes"] == BUDGET
-    assert 0 < plan["bound_frac"] <= 1
+    assert plan["predicted_tokens_per_s"] <= plan["bound_tokens_per_s"] * (1 + 1e-9)
+    assert plan["bound_frac"] == plan["predicted_tokens_per_s"] / plan["bound_tokens_per_s"]
     assert plan["predicted_tokens_per_s"] == pytest.approx(8 * 12 / plan["predicted_s"])
     assert len(plan["inequalities"]) == 4
     speeds = [each["predicted_tokens_per_s"] for each in plan["alternatives"]]
@@ -117,7 +118,16 @@ def test_recorded_routing_reads_less_than_uniform_routing(capsys: pytest.Capture
 def test_the_tables_show_group_tiers_inequalities_and_ranking(capsys: pytest.CaptureFixture[str]) -> None:
     run_plan(replace(OPTIONS, json_output=False))
     shown = capsys.readouterr().out
-    for text in ("batch group", "bottleneck", "What lies where", "not used", "holds", "n x bs", "uniform"):
+    for text in (
+        "batch group",
+        "bottleneck",
+        "with perfect overlap",
+        "What lies where",
+        "not used",
+        "holds",
+        "n x bs",
+        "uniform",
+    ):
         assert text in shown
 
 

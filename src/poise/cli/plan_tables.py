@@ -82,7 +82,10 @@ def _summary(drawn: Blueprint, workload: Workload, plan: PipelinePlan) -> Table:
         ("prompt tokens", f"up to {group.chunk_tokens} of each prompt and {group.pass_tokens:,} in all in a pass"),
         ("read ahead (K)", f"{plan.prefetch_experts} experts of {format_bytes(spec.expert_bytes)}"),
         ("predicted", f"{plan.predicted_tokens_per_s:.3g} tokens/s, {format_s(plan.predicted_s)} in all"),
-        ("limit", f"{plan.bound_tokens_per_s:.3g} tokens/s; {plan.bound_frac:.0%} of it is predicted"),
+        (
+            "with perfect overlap",
+            f"{plan.bound_tokens_per_s:.3g} tokens/s by the costs and routing below; {plan.bound_frac:.0%} of it is predicted",
+        ),
         ("bottleneck", plan.bottleneck),
         (
             "a decode pass",

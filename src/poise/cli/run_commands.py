@@ -137,7 +137,7 @@ def plan(
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """Shows what would run and why: batches, memory, disk, predicted speed and its limit. Runs nothing.
+    """Shows what would run and why: batches, memory, disk, speed predicted and with perfect overlap. Runs nothing.
 
     Times are those of this machine, measured briefly once, or of --machine.
     """

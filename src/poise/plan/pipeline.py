@@ -50,7 +50,8 @@ class PipelinePlan:
 
     ``prefetch_experts``: K, experts read before they are asked for. ``num_slots``: experts in memory at once. ``tiers``: what
     lies where. ``predicted_s``: all requests. ``decode``: the time of a pass in which every row decodes.
-    ``bound_tokens_per_s``: at the limits of disk and compute of this group shape.
+    ``bound_tokens_per_s``: with perfect overlap, disk or compute never idle: an ideal of this plan at the rates measured for
+    the routing assumed. It is no limit of a run, whose disk or routing may be kinder than that.
     """
 
     group: GroupShape
@@ -87,8 +88,8 @@ class PipelinePlan:
 
     @property
     def bound_frac(self) -> float:
-        """Share of the limit that is predicted (0-1)."""
-        return min(1.0, self.predicted_tokens_per_s / self.bound_tokens_per_s)
+        """What is predicted over what perfect overlap would give: at most 1, but for rounding."""
+        return self.predicted_tokens_per_s / self.bound_tokens_per_s
 
     @property
     def memory_bytes(self) -> int:
@@ -245,7 +246,7 @@ class _Search:
         )
 
     def _seconds(self, candidate: Candidate, held: Held) -> tuple[float, float]:
-        """Of the whole workload: predicted, and the sum of its passes' limits."""
+        """Of the whole workload: predicted, and with perfect overlap in every pass."""
         if candidate.group not in self._stages:
             self._stages[candidate.group] = list(stages(self._workload, candidate.group))
         total = limit = 0.0
