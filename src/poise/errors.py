@@ -59,8 +59,12 @@ class PlacementError(UsageError):
 class RanksError(UsageError):
     """Ranks that were not started as one job, do not meet, or differ in checkpoint, versions, placement or options.
 
-    Where ranks differ, every rank raises the same message; rank 0 alone need print it.
+    ``is_shared``: rank 0 raises the same one and alone need print it, as where ranks differ.
     """
+
+    def __init__(self, message: str, *, is_shared: bool = False) -> None:
+        super().__init__(message)
+        self.is_shared = is_shared
 
 
 class BudgetError(UsageError):
@@ -72,11 +76,13 @@ class BudgetError(UsageError):
 
 
 class RankLostError(PoiseError):
-    """A rank died, stalled or gave up. The same message on all ranks; ``is_speaker``: this rank is the one to print it."""
+    """A rank died, stalled, gave up or was told to end. The same message on all ranks; ``is_speaker``: this rank is the one to
+    print it. ``was_told_to_end``: by SIGTERM, while no rank was lost."""
 
-    def __init__(self, message: str, *, is_speaker: bool) -> None:
+    def __init__(self, message: str, *, is_speaker: bool, was_told_to_end: bool = False) -> None:
         super().__init__(message)
         self.is_speaker = is_speaker
+        self.was_told_to_end = was_told_to_end
 
 
 class PassAbandonedError(PoiseError):

@@ -22,9 +22,9 @@ FACTS = {"checkpoint": "abc", "torch": "2.13.0"}
 QUICK = Patience(start_s=20.0, beat_s=0.1, silent_s=1.5, behind_s=2.0, leave_s=2.0)
 
 
-def exchange_forever(launch: Launch, directory: Path, acts: dict[int, str]) -> None:
+def exchange_forever(launch: Launch, directory: Path, acts: dict[int, str], patience: Patience = QUICK) -> None:
     """Exchanges without end; a rank with an act does it after its tenth exchange."""
-    with RankGroup(launch, FACTS, patience=QUICK) as group:
+    with RankGroup(launch, FACTS, patience=patience) as group:
         mine, came = torch.full((group.num_ranks,), float(group.rank)), torch.empty(group.num_ranks)
         for number in range(1_000_000):
             group.all_to_all(came, mine, [1] * group.num_ranks, [1] * group.num_ranks)
@@ -41,10 +41,13 @@ def exchange_forever(launch: Launch, directory: Path, acts: dict[int, str]) -> N
 
 
 def run_to_the_end(
-    tmp_path: Path, acts: dict[int, str], disturb: Callable[[Ranks], None] | None = None
+    tmp_path: Path,
+    acts: dict[int, str],
+    disturb: Callable[[Ranks], None] | None = None,
+    patience: Patience = QUICK,
 ) -> tuple[Ranks, list[int | None]]:
     """Three ranks, one of which ends the job; returns their exit codes. The job must end within ten seconds of it."""
-    ranks = start_ranks(exchange_forever, 3, tmp_path, tmp_path, acts)
+    ranks = start_ranks(exchange_forever, 3, tmp_path, tmp_path, acts, patience)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("*.started"))) < 3:
         assert time.monotonic() < deadline, "\n".join(ranks.output(rank) for rank in range(3))
@@ -111,8 +114,24 @@ def test_the_reason_of_a_rank_that_gives_up_reaches_the_others(tmp_path: Path) -
 
 
 def test_ctrl_c_on_one_rank_ends_all(tmp_path: Path) -> None:
-    _, codes = run_to_the_end(tmp_path, {}, send(1, signal.SIGINT))
+    ranks, codes = run_to_the_end(tmp_path, {}, send(1, signal.SIGINT))
     assert codes == [1, 130, 1]
+    assert said(ranks) == ["error: rank 1 gave up: interrupted; all ranks end"]
+    assert "interrupted" in ranks.output(0), "rank 0 is the command that the user sees"
+
+
+@pytest.mark.parametrize("told", [(1,), pytest.param((0, 1, 2), marks=pytest.mark.slow)])
+def test_a_rank_that_is_told_to_end_says_so_and_all_end(told: tuple[int, ...], tmp_path: Path) -> None:
+    """SIGTERM while nobody is lost: to one process, or to all of a job, as its launcher or Slurm does."""
+
+    def tell(ranks: Ranks) -> None:
+        for rank in told:
+            send(rank, signal.SIGTERM)(ranks)
+
+    ranks, codes = run_to_the_end(tmp_path, {}, tell, replace(QUICK, behind_s=8.0))
+    assert codes == [1, 1, 1]
+    (line,) = said(ranks)
+    assert line in {f"error: rank {rank} was told to end (SIGTERM); all ranks end" for rank in told}
 
 
 @pytest.mark.slow

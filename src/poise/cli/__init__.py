@@ -21,7 +21,7 @@ from typing import NoReturn
 import typer
 
 from poise.cli.app import app
-from poise.cli.generate import Interrupted
+from poise.cli.expert_parallel import Interrupted
 from poise.errors import PoiseError, RankLostError, UsageError
 
 __all__ = ["main"]
@@ -73,7 +73,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except UsageError as error:
         return _complain(str(error), 2)
     except RankLostError as error:
-        return _complain(str(error), 1) if error.is_speaker else 1
+        code = 128 + signal.SIGTERM if error.was_told_to_end else 1
+        return _complain(str(error), code) if error.is_speaker else code
     except PoiseError as error:
         return _complain(str(error), 1)
     except Interrupted as stop:

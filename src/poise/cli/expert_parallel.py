@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from poise.engine.parallel_llm import ParallelLLM
     from poise.parallel.launch import Launch
 
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """Ctrl-C during a run. The message is the line to print."""
+
+
 BALANCES = ("static", "eplb", "vibe", "probe")
 """As in ``engine.balances``, which is not imported before it is needed."""
 CALL_OFF_S = 60.0
@@ -40,18 +45,24 @@ def call_off(launch: Launch) -> None:
 
 
 def follow(launch: Launch, open_llm: Callable[[Launch], ParallelLLM]) -> None:
-    """Takes part in what rank 0 does until it is done. Raises PoiseError, which says which rank it is about."""
+    """Takes part in what rank 0 does until it is done. Raises PoiseError or Interrupted, which say which rank it is about."""
     from poise.parallel.handshake import CalledOff
 
+    is_open = False
     try:
         with open_llm(launch) as llm:
+            is_open = True
             llm.follow()
     except CalledOff:
         return
     except KeyboardInterrupt:
-        sys.exit(130)  # rank 0 says it
-    except RanksError:
-        sys.exit(2)  # rank 0 says the same
+        if is_open:
+            sys.exit(130)  # rank 0 says it
+        raise Interrupted(f"rank {launch.rank}: interrupted") from None
+    except RanksError as error:
+        if error.is_shared:
+            sys.exit(2)  # rank 0 says the same
+        raise
     except RankLostError:
         raise
     except UsageError as error:

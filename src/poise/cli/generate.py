@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poise.cli.expert_parallel import BALANCES, call_off, closing_lines, follow, this_launch
+from poise.cli.expert_parallel import BALANCES, Interrupted, call_off, closing_lines, follow, this_launch
 from poise.cli.figures import measured, plan_line, rates, say_header, summary, taken
 from poise.cli.output import ResultFile, fingerprint, finished_results, output_line, writable_file
 from poise.cli.progress import Bar, PlainLines, say
 from poise.cli.prompts import PromptRequest, place_of, read_requests
 from poise.engine.request import QUANTIZATIONS, Progress, Prompt, RequestOutput
 from poise.engine.sampling import SamplingParams
-from poise.errors import PromptError, UsageError
+from poise.errors import PromptError, RankLostError, UsageError
 from poise.report.bubbles import time_shares
 from poise.report.chrome_trace import chrome_trace, write_chrome_trace
 from poise.spec.timeline import Timeline
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
     from poise.engine.llm import LLM
     from poise.engine.parallel_llm import ParallelLLM
     from poise.parallel.launch import Launch
-
-
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """Ctrl-C during a run. The message is the line to print."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,13 +117,16 @@ def run_generate(options: GenerateOptions) -> None:
             _generate(options, requests, results, launch)
             results.finish()
         except KeyboardInterrupt:
-            raise Interrupted(_what_is_kept(results, options)) from None
+            raise Interrupted(f"interrupted; {_what_is_kept(results, options)}") from None
+        except RankLostError:
+            say(_what_is_kept(results, options))
+            raise
 
 
 def _what_is_kept(results: ResultFile, options: GenerateOptions) -> str:
     if not results.finished:
-        return "interrupted; no result was finished, and nothing is left behind"
-    kept = f"interrupted; {len(results.finished)} of {results.total} results are kept in {results.journal}"
+        return "no result was finished, and nothing is left behind"
+    kept = f"{len(results.finished)} of {results.total} results are kept in {results.journal}"
     if options.resume:
         return f"{kept}; the same command continues"
     return f"{kept}; to continue, give the same command with --resume{' instead of --overwrite' * options.overwrite}"

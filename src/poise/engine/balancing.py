@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from poise.engine.planner_thread import PlannerThread
 from poise.engine.window_news import WindowFigures, WindowNews, heard, told
 from poise.parallel.changes import changes_between
 from poise.parallel.group import RankGroup
@@ -70,7 +71,7 @@ class Balancing:
         self._policy = policy
         self._passes = 0
         self._is_settled = True
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="poise-planner")
+        self._thread = PlannerThread()
         self._asked: deque[Future[Proposal | None]] = deque()
         layers.records = []
         layers.counts_LE = np.zeros((len(layers.copies_L), migration.placement.num_experts), dtype=np.int64)
@@ -128,8 +129,8 @@ class Balancing:
         return [_line(change, self.figures, self._policy.interval) for change in self.history]
 
     def close(self) -> None:
-        """Ends the planner's thread."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Ends the planner's thread, which may be at something yet."""
+        self._thread.close()
 
     def _begin(self) -> None:
         """All ranks: learn the new placement from rank 0, and begin to move."""

@@ -171,6 +171,7 @@ class ParallelLLM:
         self._experts.load(
             ((layer, expert) for layer, held in enumerate(held_L) for expert in sorted(held)), on_loaded=on_loaded
         )
+        group.meet("done reading")  # what follows waits for all ranks, and would not hear Ctrl-C
         self._migration = Migration(group, self._experts, placement)
         modules_L = [drawn.model.get_submodule(module.name) for module in drawn.modules]
         copies_L = [
@@ -357,6 +358,8 @@ class ParallelLLM:
             error = failure
             raise
         finally:
+            if error is not None:
+                group.give_up(error)
             for owned in (self._balancing, self._step_balance, self._migration, self._courier):
                 if owned is not None:
                     owned.close()

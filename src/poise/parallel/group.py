@@ -196,20 +196,23 @@ class RankGroup:
         """Raises RankLostError if the job is lost or this process was told to end. Every exchange begins with it."""
         self._watching.raise_if_lost()
         if self._told_to_end:
-            if self._watching.find_lost(2 * self._patience.suspicion_s):
-                self._watching.raise_if_lost()
-            raise RankLostError(f"rank {self.rank} was told to end (SIGTERM)", is_speaker=False)
+            if not self._watching.find_lost(2 * self._patience.suspicion_s):
+                self._watching.judge(f"rank {self.rank} was told to end (SIGTERM); all ranks end", was_told=True)
+            self._watching.raise_if_lost()
 
-    def close(self, reason: str | None = None) -> None:
-        """Leaves the group. ``reason``: why this rank gives up; the others then end with it. Safe to call twice.
+    def give_up(self, error: BaseException) -> None:
+        """Tells the others to end, and why, before this rank tidies up; nothing where they have the same error."""
+        if self._watch is None or isinstance(error, RankLostError):
+            return
+        # Whoever was interrupted says no word of its own, but on rank 0 (``cli``).
+        speaker = 0 if isinstance(error, KeyboardInterrupt) else None
+        self._watch.judge(f"rank {self.rank} gave up: {_said(error)}; all ranks end", speaker=speaker)
 
-        The rank that keeps the store leaves last.
-        """
+    def close(self) -> None:
+        """Leaves the group. Safe to call twice. The rank that keeps the store leaves last."""
         watch, self._watch = self._watch, None
         if watch is None:
             return
-        if reason is not None:
-            watch.judge(f"rank {self.rank} gave up: {reason}; all ranks end")
         watch.close()
         signal.signal(signal.SIGTERM, self._handler)
         if self._launch.keeps_store:
@@ -225,7 +228,9 @@ class RankGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(None if error is None or isinstance(error, RankLostError) else _said(error))
+        if error is not None:
+            self.give_up(error)
+        self.close()
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
         """``torchrun`` ends all ranks so when one has died: the waits find out which."""

@@ -61,7 +61,7 @@ def shake_hands(store: Store, rank: int, num_ranks: int, facts: Mapping[str, str
         if difference is not None:
             store.set(f"read/{rank}", "yes")
             wait_for_keys(store, [f"read/{each}" for each in range(num_ranks)], timeout_s=min(timeout_s, 5.0))
-            raise RanksError(difference)
+            raise RanksError(difference, is_shared=True)
 
 
 def call_off(launch: Launch, *, timeout_s: float) -> None:
@@ -86,7 +86,9 @@ def wait_for_keys(store: Store, keys: list[str], *, timeout_s: float) -> bool:
 
 def _await(store: Store, key: str, deadline: float, rank: int, timeout_s: float) -> str:
     if not wait_for_keys(store, [key], timeout_s=deadline - time.monotonic()):
-        raise RanksError(f"rank {rank} has not joined within {timeout_s:g} s; start all ranks, on every machine")
+        raise RanksError(
+            f"rank {rank} has not joined within {timeout_s:g} s; start all ranks, on every machine", is_shared=rank > 0
+        )
     value: bytes = store.get(key)
     return value.decode()
 

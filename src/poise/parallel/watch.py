@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 VERDICT = "verdict"
 _LEFT = "left"
+_LOST, _TOLD = "lost", "told"
+"""Kinds of verdicts: a rank is lost, or was told to end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +72,7 @@ class Watch:
         self._suspects_until_s = 0.0
         self._beats = 0
         self._verdict = ""
-        self._is_speaker = False
+        self._is_speaker = self._was_told = False
         self._judged = threading.Event()
         self._ending = threading.Event()
         now_s = time.monotonic()
@@ -96,14 +98,17 @@ class Watch:
     def raise_if_lost(self) -> None:
         """Raises RankLostError with the verdict, if there is one."""
         if self._judged.is_set():
-            raise RankLostError(self._verdict, is_speaker=self._is_speaker)
+            raise self._lost()
 
-    def judge(self, message: str) -> None:
-        """Ends the job on all ranks with ``message``, unless there is a verdict already."""
+    def judge(self, message: str, *, speaker: int | None = None, was_told: bool = False) -> None:
+        """Ends the job on all ranks with ``message``, unless there is a verdict already. ``speaker``: who says it aloud, if not
+        this rank. ``was_told``: this rank was told to end, and nobody is lost."""
+        said_by = self._rank if speaker is None else speaker
+        verdict = f"{said_by} {_TOLD if was_told else _LOST} {message}"
         try:
-            standing: bytes = self._store.compare_set(VERDICT, "", f"{self._rank} {message}")
+            standing: bytes = self._store.compare_set(VERDICT, "", verdict)
         except RuntimeError:
-            self._close_case(f"{self._rank} {message}")  # nobody else can know
+            self._close_case(verdict)  # nobody else can know
         else:
             self._close_case(standing.decode())
 
@@ -111,7 +116,7 @@ class Watch:
         """Finds out why a connection broke: waits for a verdict, or for a rank that has fallen silent."""
         if not self.find_lost(2 * self._patience.suspicion_s):
             self.judge(f"rank {self._rank} has lost its connection to the others: {cause}; all ranks end")
-        return RankLostError(self._verdict, is_speaker=self._is_speaker)
+        return self._lost()
 
     def find_lost(self, within_s: float) -> bool:
         """Looks for a rank that is gone, with less patience than usual, since something says that there is one."""
@@ -141,7 +146,7 @@ class Watch:
             except RuntimeError as error:
                 if not self._ending.is_set():
                     self._close_case(
-                        f"{self._rank} the ranks' meeting point is gone ({_first_line(error)}); all ranks end"
+                        f"{self._rank} {_LOST} the ranks' meeting point is gone ({_first_line(error)}); all ranks end"
                     )
             if self._judged.is_set():
                 self._make_sure_to_end()
@@ -196,11 +201,14 @@ class Watch:
             seen.at_s = time.monotonic()
 
     def _close_case(self, verdict: str) -> None:
-        """``verdict``: who found it, who alone says it aloud, and what it is."""
+        """``verdict``: who alone says it aloud, of which kind it is, and what."""
         if not self._judged.is_set():
-            speaker, _, self._verdict = verdict.partition(" ")
-            self._is_speaker = int(speaker) == self._rank
+            speaker, kind, self._verdict = verdict.split(" ", 2)
+            self._is_speaker, self._was_told = int(speaker) == self._rank, kind == _TOLD
             self._judged.set()
+
+    def _lost(self) -> RankLostError:
+        return RankLostError(self._verdict, is_speaker=self._is_speaker, was_told_to_end=self._was_told)
 
     def _make_sure_to_end(self) -> None:
         """A computing thread that never comes back (stuck in a kernel, a read, a connection) must not outlive the job."""
