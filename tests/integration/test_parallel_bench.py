@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from poise.bench.parallel import unequal
-from poise.bench.parallel.case import DTYPE, MEMORY, Case, shared_ranks, write_rows
-from poise.bench.parallel.session import Session
+from poise.bench.parallel import exactness, scaling, unequal
+from poise.bench.parallel.case import DTYPE, MEMORY, Case, one_rank, shared_ranks, write_rows
+from poise.bench.parallel.session import JobResult, Session
 from poise.errors import PoiseError
 from tests.conftest import VOCABULARY, MakeCheckpoint
 
@@ -51,6 +52,47 @@ def test_ranks_stay_for_several_jobs_and_placements_are_measured_beside_the_boun
         assert row["bound_frac"] * row["expert_s"] == pytest.approx(facts["bound_s"])
         assert row["expert_s"] < row["step_s"]
         assert len(row["step_s_by_round"]) == 1
+
+
+def test_vibe_that_moves_does_and_tokens_stay_on_one_rank_and_on_two(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """As the part ``exact`` runs it, where ViBE as it is finds nothing that pays."""
+    case = tiny_case(checkpoint("qwen3_moe", DTYPE))
+    prompts = write_rows(tmp_path / "prompts.json", case.rows["measured"][:4, :16])
+    job = {"model": str(case.model), "memory": MEMORY, "dtype": DTYPE, "prompts": prompts}
+    job["new_tokens"] = exactness.NEW_TOKENS
+    runs = {}
+    for ranks in (1, 2):
+        with Session(shared_ranks(ranks)) as session:
+            wanted = session.run({**job, "balance": "reference"}).facts["tokens"]
+            for policy in ("eplb", "vibe that moves"):
+                runs[ranks, policy] = session.run({**job, **exactness.POLICIES[policy]}).facts
+    for facts in runs.values():
+        assert facts["tokens"] == wanted
+    assert sum(each["moved_experts"] for each in runs[2, "vibe that moves"]["history"]) > 0
+
+
+@pytest.mark.slow
+def test_layouts_take_turns_when_scaling_is_measured(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    run = Session.run
+
+    def noted(session: Session, job: Any, **more: Any) -> JobResult:
+        ran.append(len(session.layout.ranks))
+        return run(session, job, **more)
+
+    monkeypatch.setattr(Session, "run", noted)
+    monkeypatch.setattr(scaling, "LAYOUTS", (one_rank, lambda: shared_ranks(2)))
+    rows = scaling.measure((tiny_case(checkpoint("qwen3_moe", DTYPE)),), tmp_path, passes=4)["rows"]
+    assert ran == [1, 2, 2, 1] * 2
+    assert [row["speedup"] for row in rows if row["layout"] == one_rank().name] == [1.0, 1.0]
+    for row in rows:
+        assert len(row["step_s_by_round"]) == scaling.ROUNDS
+        assert min(row["step_s_by_round"]) <= row["step_s"] <= max(row["step_s_by_round"])
+        assert row["passes"] >= (4 if "prefill" in row["pass"] else 2 * (scaling.NEW_TOKENS - scaling.WARM_UP))
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
 """Strong scaling: the same passes on one rank with a core, and on two with a core each, over loopback and over slow links.
 
 Prefill passes of ``PREFILL_ROWS`` prompts, then decode passes of ``DECODE_ROWS`` sequences, in all. Experts lie as engines
-first have them.
+first have them. The ranks of all layouts stay, and layouts take turns (A B C C B A), so that each is measured early and late.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,27 @@ from poise.bench.parallel.session import JobResult, Session
 PREFILL_ROWS = 8
 DECODE_ROWS = 32
 PASSES = 8
-NEW_TOKENS = 48
+NEW_TOKENS = 26
 WARM_UP = 2
+ROUNDS = 2
 LAYOUTS = (one_rank, two_ranks, slow_link)
 
 
 def measure(cases: Sequence[Case], directory: Path, *, passes: int = PASSES) -> dict[str, Any]:
-    """Median time of a pass for each model, kind of pass and layout, and how much faster than one rank."""
+    """Median time of a pass for each model, kind of pass and layout, and how much faster than one rank. ``passes``: of prefill,
+    in all rounds."""
     rows: list[dict[str, Any]] = []
-    for layout in LAYOUTS:
-        with Session(layout()) as session:
-            for case in cases:
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(Session(layout())) for layout in LAYOUTS]
+        for case in cases:
+            for kind, job in _jobs(case, directory, -(-passes // ROUNDS)).items():
+                runs: dict[str, list[JobResult]] = {session.layout.name: [] for session in sessions}
+                for number in range(ROUNDS):
+                    for session in sessions if number % 2 == 0 else sessions[::-1]:
+                        runs[session.layout.name].append(session.run(_for_ranks(job, len(session.layout.ranks))))
                 rows += [
-                    {"model": case.name, "layout": session.layout.name, "pass": kind, **_facts(result)}
-                    for kind, result in _runs(session, case, directory, passes)
+                    {"model": case.name, "layout": layout, "pass": kind, **_facts(each)}
+                    for layout, each in runs.items()
                 ]
     alone = {(row["model"], row["pass"]): row["step_s"] for row in rows if row["layout"] == one_rank().name}
     for row in rows:
@@ -40,8 +48,8 @@ def measure(cases: Sequence[Case], directory: Path, *, passes: int = PASSES) -> 
     return {"rows": rows}
 
 
-def _runs(session: Session, case: Case, directory: Path, passes: int) -> Sequence[tuple[str, JobResult]]:
-    ranks = len(session.layout.ranks)
+def _jobs(case: Case, directory: Path, passes: int) -> Mapping[str, Mapping[str, Any]]:
+    """By kind of pass, with the rows of one rank that has all of them."""
     text = next(iter(case.rows.values()))
     prompts = write_rows(directory / f"{case.model.name}-prefill.json", cycled(text, (passes + WARM_UP) * PREFILL_ROWS))
     starts = write_rows(directory / f"{case.model.name}-decode.json", cycled(text, DECODE_ROWS)[:, :32])
@@ -50,30 +58,34 @@ def _runs(session: Session, case: Case, directory: Path, passes: int) -> Sequenc
         "memory": MEMORY,
         "dtype": DTYPE,
         "balance": "static",
-        "groups": [[DECODE_ROWS // ranks, 1]],
+        "groups": [[DECODE_ROWS, 1]],
         "prompts": starts,
         "new_tokens": NEW_TOKENS,
     }
-    return [
-        (
-            f"prefill of {PREFILL_ROWS} rows",
-            session.run(prefill_job(case, prompts, rows_per_rank=PREFILL_ROWS // ranks)),
-        ),
-        (f"decode of {DECODE_ROWS} rows", session.run(decode)),
-    ]
+    return {
+        f"prefill of {PREFILL_ROWS} rows": prefill_job(case, prompts, rows_per_rank=PREFILL_ROWS),
+        f"decode of {DECODE_ROWS} rows": decode,
+    }
 
 
-def _facts(result: JobResult) -> dict[str, Any]:
-    step_P = result.step_s_P[WARM_UP:]
-    figures: Mapping[str, Any] = result.facts["figures"]
-    total_s = sum(figures["steps"]["pass_s"])
+def _for_ranks(job: Mapping[str, Any], ranks: int) -> Mapping[str, Any]:
+    ((rows, batches),) = job["groups"]
+    return {**job, "groups": [[rows // ranks, batches]]}
+
+
+def _facts(runs: Sequence[JobResult]) -> dict[str, Any]:
+    step_P = np.concatenate([each.step_s_P[WARM_UP:] for each in runs])
+    figures: Sequence[Mapping[str, Any]] = [each.facts["figures"] for each in runs]
+    total_s = sum(sum(each["steps"]["pass_s"]) for each in figures)
+    shares = {
+        f"{name}_frac": (np.sum([each["ranks"][f"{name}_s"] for each in figures], axis=0) / total_s).tolist()
+        for name in ("expert", "waited", "exchange", "rest")
+    }
     return {
         "step_s": float(np.median(step_P)),
         "step_s_quartiles": [float(value) for value in np.quantile(step_P, [0.25, 0.75])],
+        "step_s_by_round": [float(np.median(each.step_s_P[WARM_UP:])) for each in runs],
         "passes": len(step_P),
-        "token_imbalance": figures["imbalance"]["mean"],
-        "expert_frac": [seconds / total_s for seconds in figures["ranks"]["expert_s"]],
-        "waited_frac": [seconds / total_s for seconds in figures["ranks"]["waited_s"]],
-        "exchange_frac": [seconds / total_s for seconds in figures["ranks"]["exchange_s"]],
-        "rest_frac": [seconds / total_s for seconds in figures["ranks"]["rest_s"]],
+        "token_imbalance": float(np.mean([each["imbalance"]["mean"] for each in figures])),
+        **shares,
     }

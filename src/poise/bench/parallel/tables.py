@@ -108,8 +108,9 @@ def _halves(facts: Facts) -> Table:
             _ms(row["halves"]["step_s"]),
             _range(row["halves"]["step_s_quartiles"]),
             f"{row['whole']['step_s'] / row['halves']['step_s']:.2f}x",
-            str(row["passes_in_halves"]),
+            str(row["passes_in_halves"] or "none"),
         )
+    table.caption = "where none ran in halves, each expert had too few rows, and the two batches went in lockstep"
     return table
 
 
