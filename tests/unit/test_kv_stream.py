@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from poise import LLM, SamplingParams
 from poise.errors import ReadError, UsageError
 from poise.model.cache import drop_rows, make_cache, movable_layers
 from poise.model.inspect import build_meta_model
+from poise.model.read_plan import ALIGNMENT
 from poise.offload.kv_stream import CACHE_LINE, KvStream
 from poise.offload.scratch import Scratch
 from poise.plan.schedule import schedule_pass
@@ -176,6 +178,37 @@ def test_a_full_disk_is_said_in_one_line(
             patch.setattr("poise.engine.kv_file.os.statvfs", lambda _: os.statvfs_result((4096, 1, 9, 0, 0) + (0,) * 5))
             with pytest.raises(UsageError, match="keys and values need"):
                 llm.generate(prompts, SamplingParams(max_tokens=2))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_the_space_that_is_asked_for_is_what_batches_of_uneven_rows_take(
+    batch_size: int,
+    checkpoint: MakeCheckpoint,
+    draw_prompts: DrawPrompts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts = [{"prompt_token_ids": ids} for ids in draw_prompts((30, 2, 17, 5))]
+    params = [SamplingParams(max_tokens=tokens, ignore_eos=True) for tokens in (2, 20, 2, 3)]
+    options: dict[str, Any] = {"kv_on_disk": True, "groups": [(batch_size, 4)], "scratch_directory": tmp_path}
+    path = checkpoint("mixtral", "bfloat16", num_hidden_layers=3, num_key_value_heads=1)
+    with LLM(path, memory="1GiB", **options) as llm:
+        taken: list[int] = []
+        grow = Scratch.grow
+
+        def grow_noted(scratch: Scratch, nbytes: int) -> int:
+            taken.append(-(-nbytes // ALIGNMENT))
+            return grow(scratch, nbytes)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Scratch, "grow", grow_noted)
+            llm.generate(prompts, params)
+        for free, fits in ((sum(taken), True), (sum(taken) - 1, False)):
+            status = os.statvfs_result((ALIGNMENT, ALIGNMENT, 0, 0, free) + (0,) * 5)
+            with monkeypatch.context() as patch:
+                patch.setattr("poise.engine.kv_file.os.statvfs", lambda _, status=status: status)
+                with nullcontext() if fits else pytest.raises(UsageError, match="keys and values need"):
+                    assert len(llm.generate(prompts, params)) == 4
 
 
 def test_what_is_no_disk_is_refused(

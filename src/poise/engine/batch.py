@@ -6,6 +6,7 @@ A batch is created with its rows and only shrinks: finished rows leave between p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -53,6 +54,19 @@ class Row:
         """The result of a finished row."""
         assert self.finish_reason is not None, "the row has not finished"
         return Completion(text=self._text.text, token_ids=tuple(self.token_ids), finish_reason=self.finish_reason)
+
+
+def in_batches(rows: Sequence[Row], batch_size: int, *, equal_rows: bool) -> list[list[Row]]:
+    """Who shares a batch: longest prompts first, rows of like length together; ``equal_rows``: of one length only."""
+    ordered = sorted(rows, key=lambda row: len(row.prompt_ids))[::-1]
+    runs = [list(run) for _, run in groupby(ordered, key=lambda row: len(row.prompt_ids))] if equal_rows else [ordered]
+    return [run[begin : begin + batch_size] for run in runs for begin in range(0, len(run), batch_size)]
+
+
+def final_tokens(rows: Sequence[Row]) -> int:
+    """The most that a row of a batch may hold, padding included."""
+    width = max(len(row.prompt_ids) for row in rows)
+    return width + max(row.params.max_tokens for row in rows)
 
 
 class Batch:

@@ -20,7 +20,7 @@ from poise.engine.dense_weights import DenseWeights, load_resident
 from poise.engine.facts import model_facts, plan_facts
 from poise.engine.finite import cause_of_not_finite
 from poise.engine.footprint import give_back_freed_memory, peak_resident_bytes, return_freed_memory
-from poise.engine.kv_file import open_kv, refuse_if_disk_is_full
+from poise.engine.kv_file import kv_file_bytes, open_kv, refuse_if_disk_is_full
 from poise.engine.lookahead_use import LookaheadUse, make_lookahead
 from poise.engine.loop import Listeners, Loop, OnLogits, OnProgress, OnText
 from poise.engine.planning import routing_in, workload_of
@@ -321,8 +321,9 @@ class LLM:
             self._kv = open_kv(self._blueprint.options.scratch_directory)
         self._runner.kv = kv = self._kv if plan.cache_on_disk else None
         if kv is not None:
-            longest = sorted((row.total_tokens for row in rows), reverse=True)[: plan.group.max_rows]
-            refuse_if_disk_is_full(kv, sum(longest) * self._blueprint.pipeline.cache.movable_bytes_per_token)
+            each = self._blueprint.pipeline.cache.movable_bytes_per_token
+            needed = kv_file_bytes(self._blueprint.model, rows, plan.group, bytes_per_token=each)
+            refuse_if_disk_is_full(kv, needed)
 
 
 def _open_store(drawn: Blueprint) -> ExpertStore:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from poise.engine.batch import Batch, Row
+from poise.engine.batch import Batch, Row, final_tokens, in_batches
 from poise.engine.request import Progress
 from poise.engine.runner import ForwardInputs
 from poise.model.cache import keep_in_place, make_cache, needs_equal_rows
@@ -79,8 +79,7 @@ class Loop:
     ) -> None:
         self._runner = runner
         self._group = group
-        self._queue = sorted(rows, key=lambda row: len(row.prompt_ids))
-        self._equal_rows = needs_equal_rows(runner.model)
+        self._queue = in_batches(rows, group.batch_size, equal_rows=needs_equal_rows(runner.model))[::-1]
         self._live: list[Batch] = []
         self._eos = eos
         self._pad_id = pad_id
@@ -119,14 +118,15 @@ class Loop:
         """Queued prompts become new batches, whole batches at a time unless the queue ends or nothing runs."""
         while self._queue:
             free = self._group.max_rows - sum(len(batch.rows) for batch in self._live)
-            size = self._next_size()
+            rows = self._queue[-1]
+            size = len(rows)
             if free < size or len(self._live) >= 2 * self._group.num_batches:
                 return
             prefill_tokens = sum(batch.prefill_tokens for batch in self._live)
-            chunk = min(self._group.chunk_tokens, len(self._queue[-1].prompt_ids))
+            chunk = min(self._group.chunk_tokens, len(rows[0].prompt_ids))
             if prefill_tokens and prefill_tokens + size * chunk > self._group.pass_tokens:
                 return
-            rows = [self._queue.pop() for _ in range(size)]
+            self._queue.pop()
             self._prompt_tokens += sum(len(row.prompt_ids) for row in rows)
             batch = Batch(
                 rows,
@@ -139,8 +139,7 @@ class Loop:
 
     def _make_cache(self, rows: Sequence[Row]) -> Any:
         cache, kv = make_cache(self._runner.model), self._runner.kv
-        width = max(len(row.prompt_ids) for row in rows)
-        longest = max(width - len(row.prompt_ids) + row.total_tokens for row in rows)
+        longest = final_tokens(rows)
         if kv is None:
             keep_in_place(self._runner.model, cache, final_tokens=longest)
         else:
@@ -153,11 +152,6 @@ class Loop:
                 if not batch.rows:
                     self._runner.kv.forget(batch.cache)
         self._live = [batch for batch in self._live if batch.rows]
-
-    def _next_size(self) -> int:
-        """How many rows from the end of the queue make the next batch: all of one length where the model asks for it."""
-        candidates = [len(row.prompt_ids) for row in self._queue[-self._group.batch_size :]]
-        return candidates.count(candidates[-1]) if self._equal_rows else len(candidates)
 
     def _advance(self, batch: Batch, logits_BV: torch.Tensor | None, listeners: Listeners) -> None:
         if logits_BV is not None and listeners.on_logits is not None:
