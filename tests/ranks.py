@@ -78,6 +78,7 @@ def start_ranks(target: Callable[..., Any], num_ranks: int, directory: Path, *ar
             rank=rank,
             num_ranks=num_ranks,
             local_rank=rank,
+            local_ranks=num_ranks,
             host="127.0.0.1",
             port=port,
             attempt=0,

@@ -71,7 +71,7 @@ def test_two_ranks_write_the_one_output_that_one_process_writes(
         [sys.executable, "-m", "poise", *asked, "--memory", "1GiB", "--output", str(alone)], check=True, timeout=120
     )
     timeline = tmp_path / "timeline.json"
-    parallel = [*asked, "--memory", "1GiB", "--output", str(shared), "--expert-parallel", "--json"]
+    parallel = [*asked, "--memory", "1GiB", "--output", str(shared), "--expert-parallel", "--balance", "vibe", "--json"]
     run = subprocess.run(
         torchrun(2, [*parallel, "--timeline", str(timeline)]), capture_output=True, text=True, timeout=120, check=False
     )
@@ -79,7 +79,13 @@ def test_two_ranks_write_the_one_output_that_one_process_writes(
     assert results(shared) == results(alone)
     assert run.stderr.count("25 tokens in") == 1, "one summary, of all ranks together"
     assert run.stderr.count("experts, most of a rank over the mean: tokens") == 1
-    facts = json.loads(run.stdout)["stats"]["parallel"]
+    assert "expert hits" not in run.stderr, "all experts are in memory"
+    assert "of a budget of 1 GiB on rank 0" in run.stderr
+    document = json.loads(run.stdout)
+    assert document["plan"]["balance"] == "vibe"
+    assert {"hit_frac", "bytes_read", "prefill_ahead"}.isdisjoint(document["stats"])
+    facts = document["stats"]["parallel"]
+    assert facts["rebalances"] == [], "so few passes are no profile"
     assert facts["passes"] == len(facts["steps"]["pass_s"]) >= 5
     assert all(len(facts["ranks"][name]) == 2 for name in ("expert_s", "waited_s", "sent_bytes"))
     events = json.loads(timeline.read_text())["traceEvents"]

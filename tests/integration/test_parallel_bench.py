@@ -35,6 +35,9 @@ def test_ranks_stay_for_several_jobs_and_placements_are_measured_beside_the_boun
     with Session(shared_ranks(2)) as session:
         wanted = session.run({**job, "balance": "reference"}).facts["tokens"]
         balanced = session.run({**job, "balance": "eplb", "policy": {"interval": 4}}).facts
+        longer = {**job, "new_tokens": exactness.NEW_TOKENS}
+        wanted_longer = session.run({**longer, "balance": "reference"}).facts["tokens"]
+        moving = session.run({**longer, **exactness.POLICIES["vibe that moves"]}).facts
         facts = unequal.measure(
             session, case, tmp_path, kinds=("profile", "measured"), rows_per_rank=4, passes=4, rounds=1
         )
@@ -42,6 +45,8 @@ def test_ranks_stay_for_several_jobs_and_placements_are_measured_beside_the_boun
             session.run({**job, "model": "no such model", "balance": "static"})
     assert balanced["tokens"] == wanted
     assert sum(each["moved_experts"] for each in balanced["history"]) > 0
+    assert moving["tokens"] == wanted_longer
+    assert sum(each["moved_experts"] for each in moving["history"]) > 0, "as its name says"
     assert len(balanced["stamps_ns"]) == balanced["figures"]["passes"] + 1
     assert facts["slots_per_rank"] == 6
     policies = facts["policies"]
@@ -52,25 +57,6 @@ def test_ranks_stay_for_several_jobs_and_placements_are_measured_beside_the_boun
         assert row["bound_frac"] * row["expert_s"] == pytest.approx(facts["bound_s"])
         assert row["expert_s"] < row["step_s"]
         assert len(row["step_s_by_round"]) == 1
-
-
-def test_vibe_that_moves_does_and_tokens_stay_on_one_rank_and_on_two(
-    checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
-    """As the part ``exact`` runs it, where ViBE as it is finds nothing that pays."""
-    case = tiny_case(checkpoint("qwen3_moe", DTYPE))
-    prompts = write_rows(tmp_path / "prompts.json", case.rows["measured"][:4, :16])
-    job = {"model": str(case.model), "memory": MEMORY, "dtype": DTYPE, "prompts": prompts}
-    job["new_tokens"] = exactness.NEW_TOKENS
-    runs = {}
-    for ranks in (1, 2):
-        with Session(shared_ranks(ranks)) as session:
-            wanted = session.run({**job, "balance": "reference"}).facts["tokens"]
-            for policy in ("eplb", "vibe that moves"):
-                runs[ranks, policy] = session.run({**job, **exactness.POLICIES[policy]}).facts
-    for facts in runs.values():
-        assert facts["tokens"] == wanted
-    assert sum(each["moved_experts"] for each in runs[2, "vibe that moves"]["history"]) > 0
 
 
 @pytest.mark.slow

@@ -181,6 +181,12 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     assert set(said(ranks)) == {"error: rank 2 has not joined within 1.5 s; start all ranks, on every machine"}
 
 
+def test_how_many_ranks_share_a_host_is_known_where_the_launcher_says_it() -> None:
+    environment = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}
+    assert Launch.from_environment(environment).local_ranks == 1
+    assert Launch.from_environment({**environment, "LOCAL_WORLD_SIZE": "2"}).local_ranks == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

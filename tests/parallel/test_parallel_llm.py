@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import poise
+from poise.engine.footprint import available_bytes
 from poise.engine.parallel_llm import ParallelLLM
 from poise.engine.sampling import SamplingParams
 from poise.engine.vibe import Vibe
@@ -19,6 +22,7 @@ from poise.parallel.launch import Launch
 from poise.parallel.watch import Patience
 from poise.plan.rank_costs import RankCosts
 from poise.plan.rebalance import Eplb, Outcome, Planner, Proposal, Rebalance, Window
+from poise.spec.placement import Placement
 from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
 from tests.ranks import start_ranks
 
@@ -148,10 +152,27 @@ def test_experts_move_while_tokens_are_generated_and_the_tokens_stay_the_same(
     assert sum(moved for _, moved in changes) > 0, "nothing moved, so that nothing was tested"
     for result in results[1:]:
         assert [(each.at_pass, each.moved_experts) for each in result["history"]] == changes
-    assert all(line.startswith("pass ") for line in results[0]["table"])
+    for change, line, moved in zip(
+        results[0]["history"], results[0]["table"][::2], results[0]["table"][1::2], strict=True
+    ):
+        assert line.startswith(f"pass {change.at_pass}: {change.moved_experts} experts moved")
+        assert len(change.moves) == change.moved_experts
+        layer, expert, source, to = change.moves[0]
+        assert f"layer {layer}: {expert} from {source} to {to}" in moved
+    assert "(of other work: " in results[0]["table"][0], "the first window has the prompts"
     windows = results[0]["figures"]
     assert len(windows) == 10
     assert all(each.imbalance >= 1.0 and len(each.expert_s_R) == 4 for each in windows)
+
+
+@pytest.mark.parametrize("policy", [Eplb(interval=4), Vibe(interval=1)])
+def test_one_rank_may_balance_too(
+    policy: Rebalance, checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
+) -> None:
+    path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 9))
+    (result,) = start_ranks(generate_balanced, 1, tmp_path, path, prompts, policy).results(within_s=120)
+    assert result["tokens"] == [expected(reference(path), prompt, 40) for prompt in prompts]
+    assert sum(each.moved_experts for each in result["history"]) == 0, "there is no other rank"
 
 
 def test_vibe_relieves_a_slow_rank_while_tokens_are_generated_and_they_stay_the_same(
@@ -173,21 +194,56 @@ def test_vibe_relieves_a_slow_rank_while_tokens_are_generated_and_they_stay_the_
     assert relieved_s < 0.9 * slow_s
 
 
-def refuse(launch: Launch, path: Path, memory: str, ranks_differ: bool) -> None:
-    dtype = "bfloat16" if ranks_differ and launch.rank == 1 else "float32"
-    ParallelLLM(path, launch, memory=memory, dtype=dtype, patience=PATIENT).close()
+def budget(launch: Launch, path: Path) -> int:
+    with ParallelLLM(path, launch, patience=PATIENT) as llm:
+        if launch.rank > 0:
+            llm.follow()
+        return llm.budget_bytes
+
+
+def test_ranks_of_one_host_share_its_memory(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    free_bytes = available_bytes()
+    budgets = start_ranks(budget, 3, tmp_path, checkpoint("qwen3_moe")).results(within_s=120)
+    assert all(free_bytes / 5 < each < free_bytes / 2.5 for each in budgets)
+
+
+def refuse(
+    launch: Launch, path: Path, memory: str, on_rank_1: dict[str, Any], version_on_rank_1: str | None = None
+) -> None:
+    differs = launch.rank == 1
+    if differs and version_on_rank_1 is not None:
+        poise.__version__ = version_on_rank_1
+    options = {"dtype": "float32"} | (on_rank_1 if differs else {})
+    ParallelLLM(path, launch, memory=memory, patience=PATIENT, **options).close()
 
 
 def test_a_part_that_does_not_fit_is_refused_in_one_line(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    ranks = start_ranks(refuse, 2, tmp_path, checkpoint("qwen3_moe"), "1MiB", False)
+    ranks = start_ranks(refuse, 2, tmp_path, checkpoint("qwen3_moe"), "1MiB", {})
     assert ranks.wait() == [2, 2]
     (line,) = ranks.output(0).splitlines()
     assert line.startswith("error: a memory budget of 1 MiB is too small; the smallest that works is")
 
 
-def test_ranks_of_different_dtypes_are_refused(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    ranks = start_ranks(refuse, 2, tmp_path, checkpoint("qwen3_moe"), "2GiB", True)
+SWAPPED = Placement(
+    slot_to_expert_LS=np.array([[0, 1, 2, 4, 3, 5, 6, 7]] * 2, dtype=np.int32), layers=(0, 1), num_experts=8, ranks=2
+)
+
+
+@pytest.mark.parametrize(
+    ("on_rank_1", "version", "message"),
+    [
+        (
+            {"dtype": "bfloat16"},
+            None,
+            "rank 1 has dtype torch.bfloat16, rank 0 has torch.float32; give every rank the same options",
+        ),
+        ({"placement": SWAPPED}, None, r"rank 1 has placement \w+, rank 0 has \w+; give every rank the same placement"),
+        ({}, "0.0.0", r"rank 1 has poise 0\.0\.0, rank 0 has [\w.]+; install one version on every machine"),
+    ],
+)
+def test_ranks_that_do_not_run_the_same_are_refused(
+    on_rank_1: dict[str, Any], version: str | None, message: str, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    ranks = start_ranks(refuse, 2, tmp_path, checkpoint("qwen3_moe"), "2GiB", on_rank_1, version)
     assert ranks.wait() == [2, 2]
-    assert ranks.output(0) == (
-        "error: rank 1 has dtype torch.bfloat16, rank 0 has torch.float32; give every rank the same options\n"
-    )
+    assert re.fullmatch(f"error: {message}\n", ranks.output(0))

@@ -44,6 +44,11 @@ def test_imbalance_and_waiting() -> None:
     assert figures.exchange_s_R == pytest.approx([4 * 0.8, 4 * 0.8])
     assert figures.rest_s_R == pytest.approx([2.0, 2.0])
     assert figures.sent_bytes_R == pytest.approx([400.0, 400.0])
+    assert figures.waited_s_P == pytest.approx([2 * 2.0 + 0.2] * 2), "two layers, and the agreement"
+    assert figures.waited_s_L == pytest.approx([2.0, 2.0]), "the agreement is no layer's"
+    assert figures.sent_bytes_L == pytest.approx([200.0, 200.0])
+    assert figures.expert_s_RP == pytest.approx(np.array([[2.0, 2.0], [6.0, 6.0]]))
+    assert figures.waited_s_RP == pytest.approx(np.array([[4.2, 4.2], [0.0, 0.0]]))
 
 
 def test_a_layer_without_tokens_is_even() -> None:
@@ -64,6 +69,9 @@ def test_passes_one_after_the_other_are_joined_by_their_number() -> None:
     assert facts["steps"]["imbalance"] == pytest.approx([1.5] * 2 + [1.0] * 6)
     assert facts["imbalance"]["max"] == pytest.approx(1.5)
     assert len(facts["ranks"]["waited_s"]) == 2
+    assert facts["layers"]["sent_bytes"] == pytest.approx([2 * 200.0 / 8] * 2)
+    assert facts["ranks_steps"]["expert_s"] == [[2.0] * 8, [6.0] * 2 + [2.0] * 6]
+    assert facts["steps"]["waited_s"] == pytest.approx(np.sum(facts["ranks_steps"]["waited_s"], axis=0))
 
 
 def test_a_summary_lists_few_ranks_and_those_that_are_waited_for() -> None:

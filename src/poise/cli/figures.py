@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from poise.engine.parallel_llm import ParallelLLM
 
 
+_OF_STREAMS = ("bytes_read", "expert_hits", "expert_misses", "prefill_ahead", "decode_ahead")
+"""Fields of Progress that say something only where experts come from disk."""
+
+
 def say_header(model: Mapping[str, object]) -> None:
     """The model in numbers, before a run."""
     say(f"dtype: {model['dtype']} ({model['dtype_reason']})")
@@ -36,21 +40,34 @@ def taken(llm: LLM | ParallelLLM) -> dict[str, Any]:
     progress = llm.last_progress
     assert progress is not None, "the engine has generated"
     memory = {"base_bytes": llm.base_bytes, "budget_bytes": llm.budget_bytes, "peak_bytes": llm.peak_bytes}
-    figures = None if isinstance(llm, LLM) else llm.figures
-    ranks = {} if figures is None else {"parallel": figures.to_json()}
-    return {**measured(progress), **memory, **ranks}
+    ranks = {} if isinstance(llm, LLM) else {"parallel": _of_ranks(llm)}
+    return {**measured(progress, streams=isinstance(llm, LLM)), **memory, **ranks}
 
 
-def measured(progress: Progress) -> dict[str, Any]:
-    """Where a run stands, with its rates and how good its read-ahead was."""
-    per_s = {"generated_tokens_per_s": progress.generated_tokens_per_s, "hit_frac": progress.hit_frac}
+def _of_ranks(llm: ParallelLLM) -> dict[str, Any]:
+    """How even ranks were, and every change of the placement, with its moves."""
+    figures, balancing = llm.figures, llm.balancing
+    assert figures is not None, "rank 0 has generated"
+    return {
+        **figures.to_json(),
+        "rebalances": [] if balancing is None else [asdict(each) for each in balancing.history],
+    }
+
+
+def measured(progress: Progress, *, streams: bool) -> dict[str, Any]:
+    """Where a run stands, with its rates and, where experts are streamed, what was read and how good the read-ahead was."""
+    facts = {**asdict(progress), "generated_tokens_per_s": progress.generated_tokens_per_s}
+    if not streams:
+        return {name: value for name, value in facts.items() if name not in _OF_STREAMS}
     ahead = {"prefill_ahead": progress.prefill_ahead.as_json(), "decode_ahead": progress.decode_ahead.as_json()}
-    return {**asdict(progress), **ahead, **per_s}
+    return {**facts, **ahead, "hit_frac": progress.hit_frac}
 
 
 def rates(stats: Mapping[str, Any]) -> str:
-    """Speed, bytes read, hits, for a line of progress."""
+    """Speed and, where experts are streamed, bytes read and hits, for a line of progress."""
     speed = f"{stats['generated_tokens_per_s']:.3g} tokens/s"
+    if "hit_frac" not in stats:
+        return speed
     return f"{speed}, {format_bytes(stats['bytes_read'])} read, {stats['hit_frac']:.0%} expert hits"
 
 
@@ -72,10 +89,11 @@ def summary(stats: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{stats['generated_tokens']} tokens in {format_s(stats['elapsed_s'])}, {rates(stats)}, "
         f"peak memory {format_bytes(added_bytes)} of a budget of {format_bytes(stats['budget_bytes'])}"
+        f"{' on rank 0' * ('parallel' in stats)}"
     )
     for phase in ("prefill", "decode"):
-        ahead = stats[f"{phase}_ahead"]
-        if ahead["named"]:
+        ahead = stats.get(f"{phase}_ahead")
+        if ahead is not None and ahead["named"]:
             yield _guesses(phase, ahead)
 
 

@@ -119,7 +119,8 @@ def run_generate(options: GenerateOptions) -> None:
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; {_what_is_kept(results, options)}") from None
         except RankLostError:
-            say(_what_is_kept(results, options))
+            if results.finished:
+                say(_what_is_kept(results, options))
             raise
 
 
@@ -153,6 +154,7 @@ def _generate(
     pending = [index for index in range(len(requests)) if index not in finished]
     view = _View(requests, pending, file, prints=file is None and not options.json_output)
     view.streams &= launch is None
+    view.streams_experts = launch is None
     plan = stats = None
     closing: list[str] = []
     if pending:
@@ -273,6 +275,7 @@ class _View:
     ) -> None:
         self.requests, self.pending, self.file, self.prints = requests, pending, file, prints
         self.streams = prints and len(requests) == 1
+        self.streams_experts = True
         self.bar = Bar(len(requests)) if sys.stderr.isatty() else PlainLines()
         self._line_by_index: dict[int, dict[str, Any]] = {}
         self._began_s = time.monotonic()
@@ -288,7 +291,7 @@ class _View:
     def on_progress(self, progress: Progress) -> None:
         if not self._streamed:
             done = len(self.requests) - len(self.pending) + progress.finished
-            message = f"{done}/{len(self.requests)} prompts, {rates(measured(progress))}"
+            message = f"{done}/{len(self.requests)} prompts, {rates(measured(progress, streams=self.streams_experts))}"
             self.bar.show(message, done=done, now_s=progress.elapsed_s)
 
     def on_made(self, done: int, total: int) -> None:

@@ -43,7 +43,7 @@ commands = typer.Typer()
     epilog="Examples:\n\n"
     'poise generate ./OLMoE-1B-7B "The capital of France is" --max-tokens 32\n\n'
     "poise generate ./Mixtral-8x7B --prompts in.jsonl --output out.jsonl --memory 16GiB --resume\n\n"
-    "torchrun --nproc-per-node 2 -m poise generate ./OLMoE-1B-7B --prompts in.jsonl --expert-parallel",
+    "torchrun --nproc-per-node 2 -m poise generate ./OLMoE-1B-7B --prompts in.jsonl --expert-parallel --balance vibe",
 )
 def generate(
     model: Model,
@@ -74,6 +74,8 @@ def generate(
     """Continues texts with a model whose experts are streamed from disk under a memory budget.
 
     One prompt is streamed to standard output as it is generated; several are printed in order of input.
+
+    With --expert-parallel, started by torchrun, several processes (ranks) share the experts, each with its part in memory.
 
     Results for programs: --output, or --json ({"results": [...], "stats": {...}, "plan": {...}}).
     """

@@ -30,13 +30,18 @@ from poise.units import format_s
 logger = logging.getLogger(__name__)
 
 _SLICE_S = 0.2
+_LISTED = 16
+"""Moves that are listed for people."""
+OTHER_WORK = 2.0
+"""Windows whose (token, expert) pairs differ by more than this factor are of other work: prefill and decode."""
 _REHEARSED = 4
 """Windows that make a policy go through all it does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rebalanced:
-    """One change of the placement: before which pass it began, why, what was expected of it, what moved.
+    """One change of the placement: before which pass it began, why, what was expected of it, what moved. ``moves``: (layer of
+    the model, expert, from rank, to rank) of each.
 
     Only rank 0 knows why, and ``came_frac``, what came of ``gain_frac``, give or take ``came_error_frac``; None: not known.
     """
@@ -46,6 +51,7 @@ class Rebalanced:
     gain_frac: float | None
     moved_experts: int
     changed_layers: int
+    moves: tuple[tuple[int, int, int, int], ...]
     came_frac: float | None = None
     came_error_frac: float | None = None
 
@@ -125,8 +131,9 @@ class Balancing:
         self._passes += 1
 
     def table(self) -> list[str]:
-        """A line for each change: when, what moved, why, and what the slowest rank's experts took before and after."""
-        return [_line(change, self.figures, self._policy.interval) for change in self.history]
+        """Two lines for each change: when, why, and what the slowest rank's experts took before and after; then what moved."""
+        interval = self._policy.interval
+        return [line for each in self.history for line in (_line(each, self.figures, interval), _moved(each))]
 
     def close(self) -> None:
         """Ends the planner's thread, which may be at something yet."""
@@ -151,6 +158,11 @@ class Balancing:
                 gain_frac=None if proposal is None else proposal.gain_frac,
                 moved_experts=sum(len(change.arrivals) for change in changes),
                 changed_layers=len(changes),
+                moves=tuple(
+                    (old.layers[change.layer], arrival.expert, arrival.from_rank, arrival.to_rank)
+                    for change in changes
+                    for arrival in change.arrivals
+                ),
             )
         )
         self._migration.begin(new)
@@ -216,9 +228,18 @@ def _line(change: Rebalanced, figures: Sequence[WindowFigures], interval: int) -
         return f"{line}; the run ended before it showed"
     line += f"; slowest ranks' experts {format_s(before[0].slowest_s / interval)} a pass before, "
     line += f"{format_s(after[0].slowest_s / interval)} after"
+    pairs = before[0].pairs / interval, after[0].pairs / interval
+    if max(pairs) > OTHER_WORK * min(pairs):
+        line += f" (of other work: {pairs[0]:,.0f} token-expert pairs a pass before, {pairs[1]:,.0f} after)"
     if change.gain_frac is None or change.came_frac is None or change.came_error_frac is None:
         return line
     return (
         f"{line}; {100 * change.gain_frac:.0f} % less predicted, {100 * change.came_frac:.0f} % came "
         f"(± {100 * change.came_error_frac:.0f})"
     )
+
+
+def _moved(change: Rebalanced) -> str:
+    listed = [f"layer {layer}: {expert} from {source} to {to}" for layer, expert, source, to in change.moves[:_LISTED]]
+    left = len(change.moves) - len(listed)
+    return f"  experts, by rank: {', '.join(listed)}{f', and {left} more (--json lists all)' if left else ''}"

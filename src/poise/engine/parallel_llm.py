@@ -33,7 +33,7 @@ from poise.engine.stepwise import stepwise
 from poise.engine.vibe import Vibe
 from poise.errors import CheckpointError, UsageError
 from poise.model.dense import load_dense
-from poise.model.fingerprint import model_fingerprint
+from poise.model.fingerprint import weights_fingerprint
 from poise.model.int4_making import OnMade
 from poise.model.seam import attach
 from poise.model.weights import converter_for
@@ -63,7 +63,8 @@ _END = "end"
 
 
 class ParallelLLM:
-    """A model loaded on this rank. Parameters as those of ``LLM`` of the same names; ``memory`` is each rank's own budget.
+    """A model loaded on this rank. Parameters as those of ``LLM`` of the same names; ``memory`` is each rank's own budget,
+    ``auto`` an even part of what its host has free.
 
     ``balance``: one of ``BALANCES``; ``policy``: how experts are placed while running, in place of the one of that name;
     ``steps``: how each step is balanced, likewise. Both together: experts move slowly behind, replicas come for each step.
@@ -118,7 +119,7 @@ class ParallelLLM:
         if self._device.type == "cuda" and balances.steps is not None:
             raise UsageError("balance 'probe' runs on CPUs only; give another balance, or device cpu")
         asked = Options(
-            memory=budget_for(memory, self._device),
+            memory=budget_for(memory, self._device, local_ranks=launch.local_ranks),
             device=self._device.type,
             dtype=dtype,
             groups=groups,
@@ -146,7 +147,7 @@ class ParallelLLM:
             "steps": balances.steps or "as they are",
         }
         facts = facts_of(
-            model_fingerprint(drawn.checkpoint), self.placement, version=poise.__version__, options=options
+            weights_fingerprint(drawn.checkpoint), self.placement, version=poise.__version__, options=options
         )
         self._group = RankGroup(launch, facts, patience=patience, device=self._device)
         try:

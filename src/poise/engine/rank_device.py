@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from poise.engine.footprint import AUTO_MARGIN_FRAC, peak_resident_bytes
+from poise.engine.footprint import AUTO_MARGIN_FRAC, automatic_budget_bytes, peak_resident_bytes
 from poise.errors import UsageError
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -30,10 +30,12 @@ def device_for(asked: str, local_rank: int) -> torch.device:
     return device
 
 
-def budget_for(memory: str | int, device: torch.device) -> str | int:
-    """``auto`` on a GPU: what is free there, less a margin. All else as it is given."""
-    if memory != "auto" or device.type != "cuda":
+def budget_for(memory: str | int, device: torch.device, *, local_ranks: int) -> str | int:
+    """``auto``: what is free, less a margin, of a GPU's memory, or an even part of the host's. All else as it is given."""
+    if memory != "auto":
         return memory
+    if device.type != "cuda":
+        return automatic_budget_bytes() // local_ranks
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return int(free_bytes * (1.0 - AUTO_MARGIN_FRAC))
 

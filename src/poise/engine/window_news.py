@@ -28,7 +28,8 @@ class WindowFigures:
     """What a window of passes was like. ``imbalance``: most tokens of a rank over the mean, mean over layers and passes;
     ``expert_s_R``: time in experts of each rank, ``waited_s_R``: waiting for the last one; ``sent_bytes``: by all.
 
-    ``slowest_s``: the slowest rank's time in each layer, summed up: what a better placement could shorten.
+    ``slowest_s``: the slowest rank's time in each layer, summed up: what a better placement could shorten. ``pairs``: (token,
+    expert) pairs that were computed.
     """
 
     last_pass: int
@@ -37,6 +38,7 @@ class WindowFigures:
     waited_s_R: tuple[float, ...]
     sent_bytes: int
     slowest_s: float
+    pairs: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -79,6 +81,7 @@ def heard(told_RN: Floats, *, layers: int, experts: int, last_pass: int) -> Wind
             waited_s_R=tuple(waited_NR.sum(axis=0).tolist()),
             sent_bytes=int(sent_R.sum()),
             slowest_s=times.slowest_s(),
+            pairs=int(tokens_NR.sum()),
         ),
         move_s=float(move_R.max()),
     )

@@ -15,11 +15,11 @@ from poise.spec.placement import Placement
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrival:
-    """``expert`` comes to ``to_rank`` from ``from_rank``, or from disk (None)."""
+    """``expert`` comes to ``to_rank`` from ``from_rank``."""
 
     expert: int
     to_rank: int
-    from_rank: int | None
+    from_rank: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,16 +31,15 @@ class LayerChange:
     arrivals: tuple[Arrival, ...]
 
 
-def changes_between(before: Placement, after: Placement, *, from_disk: bool = False) -> tuple[LayerChange, ...]:
-    """One change for each layer that differs. ``from_disk``: each rank reads what it gets, so that no link is used.
-
-    Of several ranks that have an expert the one that sends least in this layer sends it.
+def changes_between(before: Placement, after: Placement) -> tuple[LayerChange, ...]:
+    """One change for each layer that differs. Of several ranks that have an expert the one that sends least in this layer sends
+    it.
     """
     assert (before.ranks, before.layers) == (after.ranks, after.layers), "two placements of different jobs"
     assert before.slots_per_rank == after.slots_per_rank, "ranks keep as many slots as they have"
     rows = zip(before.slot_to_expert_LS, after.slot_to_expert_LS, strict=True)
     return tuple(
-        LayerChange(layer=layer, slot_to_expert_S=new_S, arrivals=_arrivals(old_S, new_S, before.ranks, from_disk))
+        LayerChange(layer=layer, slot_to_expert_S=new_S, arrivals=_arrivals(old_S, new_S, before.ranks))
         for layer, (old_S, new_S) in enumerate(rows)
         if not np.array_equal(old_S, new_S)
     )
@@ -51,9 +50,7 @@ def ranks_of(slot_to_expert_S: npt.NDArray[np.int32], num_ranks: int) -> list[se
     return [set(row.tolist()) for row in slot_to_expert_S.reshape(num_ranks, -1)]
 
 
-def _arrivals(
-    old_S: npt.NDArray[np.int32], new_S: npt.NDArray[np.int32], num_ranks: int, from_disk: bool
-) -> tuple[Arrival, ...]:
+def _arrivals(old_S: npt.NDArray[np.int32], new_S: npt.NDArray[np.int32], num_ranks: int) -> tuple[Arrival, ...]:
     old_R, new_R = ranks_of(old_S, num_ranks), ranks_of(new_S, num_ranks)
     sends_R = [0] * num_ranks
     arrivals = []
@@ -63,5 +60,5 @@ def _arrivals(
                 (other for other in range(num_ranks) if expert in old_R[other]), key=lambda other: sends_R[other]
             )
             sends_R[source] += 1
-            arrivals.append(Arrival(expert=expert, to_rank=rank, from_rank=None if from_disk else source))
+            arrivals.append(Arrival(expert=expert, to_rank=rank, from_rank=source))
     return tuple(arrivals)

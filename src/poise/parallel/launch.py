@@ -20,7 +20,8 @@ _HOW = "start ranks with: torchrun --nproc-per-node RANKS -m poise ..."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """``rank`` of ``num_ranks``, the ``local_rank``-th on this host. ``keeps_store``: the store lies in this process."""
+    """``rank`` of ``num_ranks``, the ``local_rank``-th of ``local_ranks`` on this host. ``keeps_store``: the store lies in this
+    process."""
 
     rank: int
     num_ranks: int
@@ -29,6 +30,7 @@ class Launch:
     port: int
     attempt: int
     keeps_store: bool
+    local_ranks: int = 1
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
@@ -45,6 +47,7 @@ class Launch:
             host=environment["MASTER_ADDR"],
             port=_whole(environment, "MASTER_PORT"),
             attempt=_whole(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+            local_ranks=max(1, _whole(environment, "LOCAL_WORLD_SIZE", 1)),
             keeps_store=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         )
 

@@ -43,7 +43,6 @@ class Migration:
         self._started = self._arrived = self._switched = 0
         self._limit = 0
         """Changes that the thread may start."""
-        self._bytes = 0
         self.timeline: Timeline | None = None
         """Gets a span for each layer that changes."""
         self._received, self._received_s = 0, 0.0
@@ -62,11 +61,6 @@ class Migration:
         return self._switched == len(self._changes)
 
     @property
-    def moved_bytes(self) -> int:
-        """What this rank has received or read so far."""
-        return self._bytes
-
-    @property
     def move_s(self) -> float:
         """What one expert takes to come here from another rank: as it was lately, else as tried out at the start."""
         return self._received_s / self._received if self._received else self._expected_s
@@ -75,7 +69,7 @@ class Migration:
     def arrived(self) -> int:
         """How many changes have arrived here; ranks agree on the smallest of these.
 
-        Raises RankLostError where a transfer broke or keeps waiting, ReadError where one from disk failed.
+        Raises RankLostError where a transfer broke or keeps waiting.
         """
         error, waiting = self._error, self._waiting
         if isinstance(error, RuntimeError):
@@ -90,11 +84,11 @@ class Migration:
             )
         return self._arrived
 
-    def begin(self, after: Placement, *, from_disk: bool = False) -> int:
+    def begin(self, after: Placement) -> int:
         """All ranks at once: starts towards a placement. Returns the number of layers that change."""
         assert self.is_idle, "a migration is under way"
         with self._has_changed:
-            self._changes = changes_between(self.placement, after, from_disk=from_disk)
+            self._changes = changes_between(self.placement, after)
             self._started = self._arrived = self._switched = 0
             self._limit = len(self._changes)
             self._has_changed.notify_all()
@@ -185,7 +179,6 @@ class Migration:
 
     def _bring(self, change: LayerChange, runs: dict[int, torch.Tensor]) -> None:
         """This rank's part of the change's transfers, in the order that all ranks keep."""
-        from_disk = []
         earlier = sum(len(other.arrivals) for other in self._changes[self._switched : self._arrived])
         for place, arrival in enumerate(change.arrivals, start=earlier):
             key = (change.layer, arrival.expert)
@@ -196,20 +189,15 @@ class Migration:
             self._waiting = (arrival, change.layer, by_s)
             if arrival.to_rank != self._rank:
                 self._channel.send(self._experts.run(key), arrival.to_rank)
-            elif arrival.from_rank is None:
-                from_disk.append(key)
-                self._bytes += runs[arrival.expert].nbytes
             else:
                 self._receive(runs[arrival.expert], arrival.from_rank)
         self._waiting = None
-        self._experts.read(from_disk)
 
     def _receive(self, run: torch.Tensor, from_rank: int) -> None:
         began_s = perf_counter()
         self._channel.receive(run, from_rank)
         self._received_s += perf_counter() - began_s
         self._received += 1
-        self._bytes += run.nbytes
 
 
 def _sending_s(group: RankGroup, nbytes: int) -> float:

@@ -25,8 +25,9 @@ class RankFigures:
     """Imbalance is the most of a rank over the mean of all: of (token, expert) pairs, and of the time of experts.
 
     By pass: ``pass_s_P`` of the slowest rank; imbalances, means over layers; ``slowest_s_P``, what the slowest rank of each
-    layer took for its experts, summed over layers; ``sent_bytes_P``, of all ranks, one way.
-    By layer, means over passes: imbalances, and ``slowest_s_L``.
+    layer took for its experts, summed over layers; ``waited_s_P`` and ``sent_bytes_P``, of all ranks, bytes one way.
+    By layer, means over passes: the same but ``pass_s_P``; the wait before a pass is no layer's.
+    By rank and pass, sums over layers: ``expert_s_RP``, ``waited_s_RP``.
     By rank, sums over passes: seconds in experts, waiting for other ranks, exchanging, and in the rest of the model; bytes
     sent; pairs computed. Where passes run in halves, waiting and exchanging lie behind the other two.
     """
@@ -35,10 +36,15 @@ class RankFigures:
     imbalance_P: Floats
     time_imbalance_P: Floats
     slowest_s_P: Floats
+    waited_s_P: Floats
     sent_bytes_P: Floats
     imbalance_L: Floats
     time_imbalance_L: Floats
     slowest_s_L: Floats
+    waited_s_L: Floats
+    sent_bytes_L: Floats
+    expert_s_RP: Floats
+    waited_s_RP: Floats
     expert_s_R: Floats
     waited_s_R: Floats
     exchange_s_R: Floats
@@ -51,7 +57,7 @@ class RankFigures:
         return len(self.pass_s_P)
 
     def to_json(self) -> dict[str, Any]:
-        """For machines: a summary, then by rank, by layer and by pass."""
+        """For machines: a summary, then by rank, by layer, by pass, and by rank and pass."""
         return {
             "passes": self.passes,
             "imbalance": spread(self.imbalance_P),
@@ -60,6 +66,7 @@ class RankFigures:
             "ranks": _table(self, "_R"),
             "layers": _table(self, "_L"),
             "steps": _table(self, "_P"),
+            "ranks_steps": _table(self, "_RP"),
         }
 
     def lines(self) -> list[str]:
@@ -95,17 +102,23 @@ def figures_of(layer: Mapping[str, Floats], pass_s_RP: Floats, agreed_s_RP: Floa
     imbalance_PL, time_imbalance_PL = _over_mean(pairs_RPL), _over_mean(compute_RPL)
     slowest_PL = compute_RPL.max(axis=0)
     sent_RPL = layer["sent_bytes"]
+    waited_RP = waited_RPL.sum(axis=2) + agreed_s_RP - agreed_s_RP.min(axis=0)
     return RankFigures(
         pass_s_P=pass_s_RP.max(axis=0),
         imbalance_P=imbalance_PL.mean(axis=1),
         time_imbalance_P=time_imbalance_PL.mean(axis=1),
         slowest_s_P=slowest_PL.sum(axis=1),
+        waited_s_P=waited_RP.sum(axis=0),
         sent_bytes_P=sent_RPL.sum(axis=(0, 2)),
         imbalance_L=imbalance_PL.mean(axis=0),
         time_imbalance_L=time_imbalance_PL.mean(axis=0),
         slowest_s_L=slowest_PL.mean(axis=0),
+        waited_s_L=waited_RPL.sum(axis=0).mean(axis=0),
+        sent_bytes_L=sent_RPL.sum(axis=0).mean(axis=0),
+        expert_s_RP=compute_RPL.sum(axis=2),
+        waited_s_RP=waited_RP,
         expert_s_R=compute_RPL.sum(axis=(1, 2)),
-        waited_s_R=waited_RPL.sum(axis=(1, 2)) + (agreed_s_RP - agreed_s_RP.min(axis=0)).sum(axis=1),
+        waited_s_R=waited_RP.sum(axis=1),
         exchange_s_R=exchange_RPL.sum(axis=(1, 2)),
         rest_s_R=np.maximum(pass_s_RP.sum(axis=1) - layer["total_s"].sum(axis=(1, 2)), 0.0),
         sent_bytes_R=sent_RPL.sum(axis=(1, 2)),
@@ -119,8 +132,8 @@ def joined(parts: Sequence[RankFigures]) -> RankFigures:
     values = {}
     for name in RankFigures.__dataclass_fields__:
         each = [getattr(part, name) for part in parts]
-        if name.endswith("_P"):
-            values[name] = np.concatenate(each)
+        if name.endswith(("_P", "_RP")):
+            values[name] = np.concatenate(each, axis=-1)
         elif name.endswith("_L"):
             values[name] = np.average(each, axis=0, weights=weight_N)
         else:
@@ -138,7 +151,7 @@ def spread(values: Floats) -> dict[str, float]:
     }
 
 
-def _table(figures: RankFigures, letter: str) -> dict[str, list[float]]:
+def _table(figures: RankFigures, letter: str) -> dict[str, list[Any]]:
     names = [name for name in RankFigures.__dataclass_fields__ if name.endswith(letter)]
     return {name.removesuffix(letter): getattr(figures, name).tolist() for name in names}
 
