@@ -21,8 +21,10 @@ from poise.engine.facts import model_facts, plan_facts
 from poise.engine.finite import cause_of_not_finite
 from poise.engine.footprint import give_back_freed_memory, peak_resident_bytes, return_freed_memory
 from poise.engine.kv_file import kv_file_bytes, open_kv, refuse_if_disk_is_full
+from poise.engine.lookahead_prefetcher import LookaheadPrefetcher
 from poise.engine.lookahead_use import LookaheadUse, make_lookahead
 from poise.engine.loop import Listeners, Loop, OnLogits, OnProgress, OnText
+from poise.engine.online_lookahead import OnlineLearner
 from poise.engine.planning import routing_in, workload_of
 from poise.engine.prefetcher import Prefetcher, empty_table, make_prefetcher
 from poise.engine.probe import probe
@@ -139,6 +141,12 @@ class LLM:
         self._table = drawn.table or empty_table(self.spec)
         self._learner = Prefetcher(self._table, None)
         self._prefetcher = make_prefetcher(self._policy, store, self._table)
+        self._foresight = None
+        if use is not None and use.prefetches and self._prefetcher is not None and self.lookahead is not None:
+            self._foresight = LookaheadPrefetcher(self.lookahead, self._table, store)
+        self.online = None
+        if use is not None and use.online and self.lookahead is not None:
+            self.online = OnlineLearner(self.lookahead)
 
     @property
     def spec(self) -> ModelSpec:
@@ -222,7 +230,14 @@ class LLM:
 
         pad_id = min((token for token in drawn.end_tokens if 0 <= token < self.spec.vocabulary), default=0)
         loop = Loop(self._runner, plan.group, rows, eos=drawn.end_tokens, pad_id=pad_id, device=drawn.device)
-        listeners = Listeners(on_row=finished, on_text=on_text, on_progress=on_progress, on_logits=on_logits)
+
+        def passed(progress: Progress) -> None:
+            if self.online is not None:
+                self.online.idle()
+            if on_progress is not None:
+                on_progress(progress)
+
+        listeners = Listeners(on_row=finished, on_text=on_text, on_progress=passed, on_logits=on_logits)
         try:
             self._last = loop.run(listeners)
         except FloatingPointError as error:
@@ -276,11 +291,14 @@ class LLM:
 
     @property
     def _passes_learnt(self) -> int:
-        return sum(each.passes for each in (self._learner, self._prefetcher) if each is not None)
+        return sum(each.passes for each in (self._learner, self._prefetcher, self._foresight) if each is not None)
 
     def _listen(self, *, streams: bool) -> None:
         """Has the prefetcher look ahead where experts stream; where none does, the table learns if it is to."""
-        self._runner.listen(self._prefetcher, on=streams)
+        self._runner.listen(self._prefetcher, on=streams and self._foresight is None)
+        self._runner.watch(self._foresight, on=streams)
+        self._runner.watch(self.online)
+        self._open().while_waiting = None if self.online is None else self.online.idle
         learns_alone = self._prefetcher is None or not streams
         self._runner.listen(self._learner, on=self._learns_table and learns_alone)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poise.engine.online_lookahead import BUFFER_BYTES
 from poise.errors import UsageError
 from poise.model.checkpoint import Checkpoint
 from poise.model.fingerprint import model_fingerprint
@@ -25,17 +26,24 @@ COPIES_TO_LEARN = 4
 class LookaheadUse:
     """``width``: of residuals that are yet to learn; None: frozen routers only. ``file``: what `poise distill` wrote instead.
 
-    ``learns``: room for learning is kept. Raises UsageError for values that cannot be.
+    ``learns``: room is kept for a teacher. ``online``: it goes on learning from what is generated, in idle time.
+    ``prefetches``: experts are read ahead by it, mixed with the correlation table. Raises UsageError for values that cannot be.
     """
 
     width: int | None = None
     file: Path | None = None
     learns: bool = False
+    online: bool = False
+    prefetches: bool = False
 
     def __post_init__(self) -> None:
         if self.width is not None and self.width < 1:
             raise UsageError(f"a lookahead's width is {self.width}; it must be at least 1")
         assert self.width is None or self.file is None, "a trained predictor has its width"
+        if self.online and self.width is None and self.file is None:
+            raise UsageError(
+                "a lookahead without a width and without a file has nothing that could learn; give one of them"
+            )
 
 
 def kept_weights(model: Any, sites: Sequence[RouterSite | None]) -> frozenset[str]:
@@ -60,7 +68,8 @@ def lookahead_bytes(use: LookaheadUse, sites: Sequence[RouterSite | None], modul
     )
     sizes = [site.hidden_size * site.dtype.itemsize for site in sites if site is not None]
     kept = 2 * KEPT_TOKENS * max(sizes, default=0) if use.learns else 0
-    return numbers * FP32_BYTES * (COPIES_TO_LEARN if use.learns else 1) + kept
+    copies = COPIES_TO_LEARN if use.learns or use.online else 1
+    return numbers * FP32_BYTES * copies + kept + (BUFFER_BYTES if use.online else 0)
 
 
 def make_lookahead(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
@@ -90,6 +90,8 @@ class ExpertStore:
         self._closed = False
         self._gaps: Gaps | None = None
         self.policy = Policy()
+        self.while_waiting: Callable[[], bool] | None = None
+        """Called on the compute thread while an expert is not there yet; False: it has nothing to do now."""
         self.counters = StoreCounters()
 
     @property
@@ -164,6 +166,7 @@ class ExpertStore:
 
         Blocks until one is there. Its weights hold until it is released. Raises ReadError when the disk fails.
         """
+        self._spend_wait()
         with self._changed:
             key = self._next()
             if key is None:
@@ -248,6 +251,15 @@ class ExpertStore:
 
     def _next(self) -> Key | None:
         return self._handover.next(self.policy.order, self._wanted)
+
+    def _spend_wait(self) -> None:
+        """Until an expert is there, others may use the compute thread, a piece of work at a time."""
+        while self.while_waiting is not None:
+            with self._changed:
+                if self._next() is not None or self._error is not None:
+                    return
+            if not self.while_waiting():
+                return
 
     def _wait_for_an_expert(self) -> Key:
         began_ns = perf_counter_ns()
