@@ -22,6 +22,7 @@ BENCHMARKS = MappingProxyType(
         "exchange": "poise.bench.cluster.exchange",
         "int4": "poise.bench.int4",
         "kv": "poise.bench.kv_stream",
+        "lookahead": "poise.bench.lookahead.run",
         "offload": "poise.bench.offload.paper",
         "offload-ablation": "poise.bench.offload.ablation",
         "offload-alike": "poise.bench.offload.like_for_like",

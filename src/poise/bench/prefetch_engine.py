@@ -120,14 +120,14 @@ def measure(
         }
         for number in range(rounds + 1):
             for policy in POLICIES if number % 2 else POLICIES[::-1]:
-                measured, text = _generate(llms[policy], prompts)
+                measured, text = generate_once(llms[policy], prompts)
                 texts.add(text)
                 on_round()
                 if number:
                     runs[policy].append(measured)
         assert len(texts) == 1, "policies of reading ahead changed the text"
         planned = int(str(llms[POLICIES[0]].describe()["prefetch_experts"]))
-    return [_outcome(policy, planned, len(prompts), each) for policy, each in runs.items()]
+    return [outcome_of(policy.read_ahead, policy.ahead or planned, len(prompts), each) for policy, each in runs.items()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +141,7 @@ class Run:
     tokens_per_s: float
 
 
-def _generate(llm: LLM, prompts: Sequence[Sequence[int]]) -> tuple[Run, tuple[tuple[int, ...], ...]]:
+def generate_once(llm: LLM, prompts: Sequence[Sequence[int]]) -> tuple[Run, tuple[tuple[int, ...], ...]]:
     """(what it took, the tokens)."""
     passes: list[Progress] = []
     before = copy(llm.runner.store.counters)
@@ -166,15 +166,17 @@ def _generate(llm: LLM, prompts: Sequence[Sequence[int]]) -> tuple[Run, tuple[tu
     return made, tuple(result.outputs[0].token_ids for result in results)
 
 
-def _outcome(policy: Policy, planned: int, sequences: int, runs: Sequence[Run]) -> Outcome:
+def outcome_of(policy: str, ahead_at_most: int, sequences: int, runs: Sequence[Run]) -> Outcome:
+    """Medians over one policy's rounds."""
+
     def per_pass(name: str) -> float:
         return statistics.median(one.counters[name] / one.passes for one in runs)
 
     ahead = sum((one.ahead for one in runs), Hits())
     return Outcome(
         sequences=sequences,
-        policy=policy.read_ahead,
-        ahead=policy.ahead or planned,
+        policy=policy,
+        ahead=ahead_at_most,
         misses_per_pass=per_pass("misses"),
         reads_per_pass=per_pass("reads"),
         prefetched_per_pass=per_pass("prefetched"),

@@ -6,26 +6,30 @@ about, the first of the next pass among them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from poise.engine.prefetcher import MAX_LEARNT
 from poise.engine.routing import Ints
 from poise.model.lookahead import Lookahead
-from poise.offload.expert_store import ExpertStore
 from poise.plan.outlook import Foreseen
 from poise.predict.correlation import MAX_VOTERS, CorrelationTable, sampled
 from poise.predict.mixed import HitFrac, mixed_TE
 
 
 class LookaheadPrefetcher:
-    """A seam listener that foresees, for ``store``, each layer from the one before. ``passes``: learnt from to their end."""
+    """A seam listener that foresees each layer from the one before. ``passes``: those learnt from to their end.
 
-    def __init__(self, lookahead: Lookahead, table: CorrelationTable, store: ExpertStore | None) -> None:
+    ``foresee``: is told of it, as ``ExpertStore.foresee`` is.
+    """
+
+    def __init__(self, lookahead: Lookahead, table: CorrelationTable, foresee: Callable[[int, Foreseen], None]) -> None:
         self.passes = 0
         self._lookahead = lookahead
         self._table = table
-        self._store = store
+        self._foresee = foresee
         self._hits_L = [HitFrac() for _ in lookahead.experts_L]
         self._named_TK: Ints | None = None
         self._previous_TK: Ints | None = None
@@ -35,8 +39,7 @@ class LookaheadPrefetcher:
         voters_TK = sampled(chosen_TK, MAX_VOTERS)
         named_before_TK, self._named_TK = self._named_TK, None
         after = (layer + 1) % self._table.num_layers
-        if self._store is not None:
-            self._store.foresee(after, self.foreseen(after, hidden_TH, chosen_TK))
+        self._foresee(after, self._foreseen(after, hidden_TH, chosen_TK))
         if layer and named_before_TK is not None and len(named_before_TK) == len(voters_TK):
             self._hits_L[layer].observe(named_before_TK, voters_TK)
         learnt_TK = sampled(chosen_TK, MAX_LEARNT)
@@ -44,7 +47,7 @@ class LookaheadPrefetcher:
         self._previous_TK = learnt_TK
         self.passes += after == 0
 
-    def foreseen(self, after: int, hidden_TH: torch.Tensor, chosen_TK: Ints) -> Foreseen:
+    def _foreseen(self, after: int, hidden_TH: torch.Tensor, chosen_TK: Ints) -> Foreseen:
         """What these tokens will use of layer ``after``, the one behind that at hand; of many an even sample votes for all."""
         if not self._lookahead.predicts(after):
             chance_E, tokens_E = self._table.foresee(after, chosen_TK)

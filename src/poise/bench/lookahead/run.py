@@ -1,0 +1,51 @@
+"""`poise bench lookahead`: the lookahead predictor on the bundled model, which was trained without any loss that helps prediction.
+
+Parts: ``choice``: width, rate and length of training; ``quality``: `poise distill` as it is, figures per layer; ``domains``:
+online learning through switches of domain; ``prefetch``: experts foreseen, against the correlation table; ``engine``: the same in
+the engine, with the model widened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from poise.bench.lookahead import choice, domains, engine, prefetch, quality
+from poise.bench.lookahead.tables import tables
+from poise.bench.machine import stamp
+from poise.bench.offload.case import work_directory
+from poise.bench.parts import Parts, say
+from poise.bench.results import document, write_result
+
+NAME = "lookahead"
+PARTS = ("choice", "quality", "domains", "prefetch", "engine")
+
+
+def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), steps: int | None = None) -> None:
+    """Each part takes 1 to 3 minutes; one thread. ``steps`` is of no use here."""
+    torch.set_num_threads(1)
+    done = Parts(work_directory(), NAME, order=PARTS, wanted=parts)
+    measures = {
+        "choice": choice.measure,
+        "quality": quality.measure,
+        "domains": domains.measure,
+        "prefetch": prefetch.measure,
+        "engine": engine.measure,
+    }
+    done.run(measures)
+    results: Mapping[str, Any] = {"model": "tiny-moe", "parts": done.results()}
+    facts = stamp(environment={"OMP_NUM_THREADS": "1"})
+    if json_output:
+        print(json.dumps(document(NAME, facts, results)))
+    else:
+        for table in tables(results["parts"]):
+            Console().print(table)
+    if output is not None:
+        say(f"Wrote {write_result(output, NAME, facts, results, today=date.today())}")
+    done.raise_if_failed()
