@@ -13,7 +13,7 @@ from poise.bench.lookahead.seen import load_model, recall_L, see, teach, windows
 from poise.model.lookahead import Lookahead
 from poise.model.lookahead_training import WIDTH, Training
 
-LEARNT_WINDOWS = (780, 780)
+LEARNT_WINDOWS = (782, 782)
 HELD_OUT_WINDOWS = (48, 48)
 WIDTHS = (16, 64, 128, 256, 512)
 RATES = (1e-3, 5e-3, 2e-2)

@@ -27,7 +27,7 @@ from poise.model.lookahead import Lookahead
 from poise.model.lookahead_training import WIDTH, Training
 from poise.predict.lookahead_quality import recall
 
-LEARNT_WINDOWS = 600
+LEARNT_WINDOWS = 400
 SEQUENCES = 32
 PROMPT_TOKENS = 32
 NEW_TOKENS = 64

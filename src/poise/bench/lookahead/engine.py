@@ -33,7 +33,7 @@ from poise.plan.schedule import Policy
 SEQUENCES = (1, 4, 16)
 ROUNDS = 3
 AHEAD = SLOTS // 8
-LEARNT_WINDOWS = (600, 600)
+LEARNT_WINDOWS = (400, 400)
 
 
 def measure() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which experts the next layer will use: the correlation table beside lookaheads mixed with it, on held-out text.
 
-As ``bench.prefetch`` counts it: a pass takes one token of each of T texts; each policy names top_k experts of every layer but the
-first before it is reached, and then learns from it.
+As ``bench.prefetch`` counts it: a pass takes one token of each of T texts; each policy names top_k experts of every layer but
+the first before it is reached, and then learns from it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from poise.predict.correlation import CorrelationTable
 from poise.predict.guesses import hits_in_passes
 from poise.predict.hits import Hits
 
-LEARNT_WINDOWS = (600, 600)
+LEARNT_WINDOWS = (400, 400)
 HELD_OUT_WINDOWS = (64, 64)
 TOKENS_PER_PASS = (1, 4, 16, 64)
-PASSES = 512
+PASSES = 256
 WARM_UP_PASSES = 32
 
 

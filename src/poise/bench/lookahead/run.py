@@ -1,8 +1,8 @@
-"""`poise bench lookahead`: the lookahead predictor on the bundled model, which was trained without any loss that helps prediction.
+"""`poise bench lookahead`: the lookahead predictor on the bundled model, trained without any loss that helps prediction.
 
 Parts: ``choice``: width, rate and length of training; ``quality``: `poise distill` as it is, figures per layer; ``domains``:
-online learning through switches of domain; ``prefetch``: experts foreseen, against the correlation table; ``engine``: the same in
-the engine, with the model widened.
+online learning through switches of domain; ``prefetch``: experts foreseen, against the correlation table; ``engine``: the same
+in the engine, with the model widened.
 """
 
 from __future__ import annotations
