@@ -74,6 +74,7 @@ def follow(launch: Launch, open_llm: Callable[[Launch], ParallelLLM]) -> None:
 def closing_lines(llm: ParallelLLM, timeline: Path | None) -> list[str]:
     """What rank 0 says of all ranks when they are done. Writes their ``timeline``, where there is to be one."""
     lines = llm.figures.lines() if llm.figures is not None else []
+    lines += llm.step_figures.lines() if llm.step_figures is not None else []
     lines += llm.balancing.table() if llm.balancing is not None else []
     if timeline is not None:
         write_chrome_trace(timeline, chrome_trace_of_ranks([each.spans for each in llm.timelines]))

@@ -46,11 +46,12 @@ def taken(llm: LLM | ParallelLLM) -> dict[str, Any]:
 
 def _of_ranks(llm: ParallelLLM) -> dict[str, Any]:
     """How even ranks were, and every change of the placement, with its moves."""
-    figures, balancing = llm.figures, llm.balancing
+    figures, balancing, steps = llm.figures, llm.balancing, llm.step_figures
     assert figures is not None, "rank 0 has generated"
     return {
         **figures.to_json(),
         "rebalances": [] if balancing is None else [asdict(each) for each in balancing.history],
+        "balanced": None if steps is None else steps.to_json(),
     }
 
 

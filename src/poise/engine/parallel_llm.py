@@ -54,6 +54,7 @@ from poise.plan.pipeline import PipelinePlan
 from poise.plan.rank_costs import RankCosts
 from poise.plan.rebalance import Rebalance
 from poise.report.rank_figures import RankFigures
+from poise.report.step_figures import StepFigures
 from poise.spec.machine import Machine
 from poise.spec.placement import Placement
 from poise.spec.timeline import Timeline
@@ -203,7 +204,7 @@ class ParallelLLM:
                 group, self._experts, self._migration, balances.steps, drawn, curves=self._curves
             )
             self._step_balance.get_ready()
-            layers.balance = self._step_balance
+            layers.balance, self._recorder.balances_steps = self._step_balance, True
         group.meet("loaded")
 
     @property
@@ -226,6 +227,11 @@ class ParallelLLM:
     def figures(self) -> RankFigures | None:
         """How even the ranks were in the last call of ``generate``, and where their time went; None except on rank 0."""
         return self._recorder.figures
+
+    @property
+    def step_figures(self) -> StepFigures | None:
+        """What balancing each step did in that call; None except on rank 0, and where steps are not balanced."""
+        return self._recorder.step_figures
 
     @property
     def timelines(self) -> tuple[RankTimeline, ...]:

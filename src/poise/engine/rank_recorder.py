@@ -16,6 +16,7 @@ import torch
 from poise.parallel.group import RankGroup
 from poise.parallel.moe_layer import LayerRecord
 from poise.report.rank_figures import RankFigures, figures_of, joined
+from poise.report.step_figures import StepFigures, joined_steps, step_figures_of
 
 INTERVAL = 64
 """Passes between two messages."""
@@ -32,6 +33,9 @@ class RankRecorder:
         self._passes_P2 = np.zeros((INTERVAL, 2))
         self._passes = 0
         self._parts: list[RankFigures] = []
+        self._steps: list[StepFigures] = []
+        self.balances_steps = False
+        """Whether there is anything to say of that."""
 
     @property
     def is_full(self) -> bool:
@@ -43,9 +47,15 @@ class RankRecorder:
         """Of what was gathered since ``begin``, on rank 0; None before, and on the others."""
         return joined(self._parts) if self._parts else None
 
+    @property
+    def step_figures(self) -> StepFigures | None:
+        """Likewise, of what balancing each step did; None where that is not done."""
+        return joined_steps(self._steps) if self._steps else None
+
     def begin(self) -> None:
         """Forgets everything."""
         self._parts.clear()
+        self._steps.clear()
         self._passes = 0
         self._layers_PLF[:] = 0
 
@@ -69,10 +79,12 @@ class RankRecorder:
         self._passes = 0
         self._layers_PLF[:passes] = 0
         if self._group.is_first:
-            self._parts.append(_figures(heard_RPN, self._layers_PLF.shape[1]))
+            layer = _by_name(heard_RPN, self._layers_PLF.shape[1])
+            self._parts.append(figures_of(layer, heard_RPN[:, :, -2], heard_RPN[:, :, -1]))
+            if self.balances_steps:
+                self._steps.append(step_figures_of(layer, heard_RPN[:, :, -2]))
 
 
-def _figures(heard_RPN: npt.NDArray[np.float64], num_layers: int) -> RankFigures:
+def _by_name(heard_RPN: npt.NDArray[np.float64], num_layers: int) -> dict[str, npt.NDArray[np.float64]]:
     layers_RPLF = heard_RPN[:, :, :-2].reshape(*heard_RPN.shape[:2], num_layers, len(NAMES))
-    layer = {name: layers_RPLF[..., place] for place, name in enumerate(NAMES)}
-    return figures_of(layer, heard_RPN[:, :, -2], heard_RPN[:, :, -1])
+    return {name: layers_RPLF[..., place] for place, name in enumerate(NAMES)}

@@ -99,7 +99,7 @@ def figures_of(layer: Mapping[str, Floats], pass_s_RP: Floats, agreed_s_RP: Floa
     met_RPL, back_RPL = layer["waited_s"], layer["combine_s"]
     waited_RPL = (met_RPL - met_RPL.min(axis=0)) + (back_RPL - back_RPL.min(axis=0))
     exchange_RPL = layer["dispatch_s"] + met_RPL.min(axis=0) + back_RPL.min(axis=0)
-    imbalance_PL, time_imbalance_PL = _over_mean(pairs_RPL), _over_mean(compute_RPL)
+    imbalance_PL, time_imbalance_PL = over_mean(pairs_RPL), over_mean(compute_RPL)
     slowest_PL = compute_RPL.max(axis=0)
     sent_RPL = layer["sent_bytes"]
     waited_RP = waited_RPL.sum(axis=2) + agreed_s_RP - agreed_s_RP.min(axis=0)
@@ -156,8 +156,8 @@ def _table(figures: RankFigures, letter: str) -> dict[str, list[Any]]:
     return {name.removesuffix(letter): getattr(figures, name).tolist() for name in names}
 
 
-def _over_mean(values_RPL: Floats) -> Floats:
-    """1 where nothing was computed."""
+def over_mean(values_RPL: Floats) -> Floats:
+    """The most of a rank over the mean; 1 where nothing was computed."""
     mean_PL = values_RPL.mean(axis=0)
     ratio_PL: Floats = np.divide(values_RPL.max(axis=0), mean_PL, out=np.ones_like(mean_PL), where=mean_PL > 0)
     return ratio_PL

@@ -151,12 +151,13 @@ class _Rank:
             (self._directory / f"passes-{self._number}.json").write_text(str(len(self._stamps_ns) - 1))
 
     def _facts(self, llm: ParallelLLM, made: Sequence[RequestOutput]) -> dict[str, Any]:
-        figures, balancing = llm.figures, llm.balancing
+        figures, steps, balancing = llm.figures, llm.step_figures, llm.balancing
         return {
             "tokens": _tokens(made),
             "stamps_ns": self._stamps_ns,
             "passes_in_halves": llm.runner.passes_in_halves,
             "figures": None if figures is None else figures.to_json(),
+            "steps": None if steps is None else steps.to_json(),
             "history": [] if balancing is None else [asdict(each) for each in balancing.history],
             "table": [] if balancing is None else balancing.table(),
         }

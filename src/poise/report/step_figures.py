@@ -1,0 +1,125 @@
+"""What balancing each step did, pass by pass and layer by layer: imbalance before and after, guesses, replicas, what it took.
+
+Pure: numbers of all ranks in, a frozen summary out, which can be joined to that of the passes before. Letters: R ranks, P
+passes, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from poise.report.rank_figures import Floats, over_mean, spread
+from poise.units import format_bytes, format_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepFigures:
+    """By pass (sums over layers and ranks, means of imbalances) and by layer (means over passes of sums over ranks).
+
+    ``home_imbalance``: of (token, expert) pairs, had each rank computed its experts at home alone; ``imbalance``: as it was.
+    ``own_pairs``, of which ``guessed_wrong`` were predicted for other experts. ``replicas_planned``, ``replicas_used``: those
+    between came too late, or not at all. ``replica_bytes``: of all that came. ``declined``: layers in which nothing paid.
+    ``exposed_s``: predicting, planning, dividing, and the message of counts: what passes are longer for it, mean over ranks.
+    ``aux_s``: processor time of the auxiliary threads.
+    """
+
+    home_imbalance_P: Floats
+    imbalance_P: Floats
+    own_pairs_P: Floats
+    guessed_wrong_P: Floats
+    replicas_planned_P: Floats
+    replicas_used_P: Floats
+    replica_bytes_P: Floats
+    declined_P: Floats
+    exposed_s_P: Floats
+    aux_s_P: Floats
+    pass_s_P: Floats
+    home_imbalance_L: Floats
+    imbalance_L: Floats
+    own_pairs_L: Floats
+    guessed_wrong_L: Floats
+    replicas_planned_L: Floats
+    replicas_used_L: Floats
+    replica_bytes_L: Floats
+    declined_L: Floats
+    exposed_s_L: Floats
+    aux_s_L: Floats
+
+    @property
+    def passes(self) -> int:
+        return len(self.pass_s_P)
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines: a summary, then by layer and by pass."""
+        return {
+            "passes": self.passes,
+            "home_imbalance": spread(self.home_imbalance_P),
+            "imbalance": spread(self.imbalance_P),
+            "guessed_wrong_frac": _share(self.guessed_wrong_P, self.own_pairs_P),
+            "replicas_planned": float(self.replicas_planned_P.sum()),
+            "replicas_used": float(self.replicas_used_P.sum()),
+            "replica_bytes": float(self.replica_bytes_P.sum()),
+            "declined": float(self.declined_P.sum()),
+            "exposed_frac": _share(self.exposed_s_P, self.pass_s_P),
+            "aux_s": float(self.aux_s_P.sum()),
+            "layers": _table(self, "_L"),
+            "steps": _table(self, "_P"),
+        }
+
+    def lines(self) -> list[str]:
+        """For people: how even the steps became, with how many replicas, and for how much."""
+        planned, used = self.replicas_planned_P.sum(), self.replicas_used_P.sum()
+        balanced = self.passes * len(self.home_imbalance_L)
+        return [
+            f"steps balanced: tokens, most of a rank over the mean, {self.home_imbalance_P.mean():.2f} with experts at home, "
+            f"{self.imbalance_P.mean():.2f} with replicas; {_share(self.guessed_wrong_P, self.own_pairs_P):.0%} of the tokens "
+            "were predicted for other experts",
+            f"replicas: {used:.0f} used, {planned - used:.0f} late, {format_bytes(float(self.replica_bytes_P.sum()))} came; "
+            f"in {self.declined_P.sum():.0f} of {balanced} layers none paid",
+            f"cost of it: {_share(self.exposed_s_P, self.pass_s_P):.1%} of the passes, and "
+            f"{format_s(float(self.aux_s_P.sum()))} of processor time aside on all ranks",
+        ]
+
+
+def step_figures_of(layer: Mapping[str, Floats], pass_s_RP: Floats) -> StepFigures:
+    """``layer``: by name of a field of ``parallel.moe_layer.LayerRecord``, its value of each rank, pass and layer (R, P, L)."""
+    sums_PL = {
+        name: layer[name].sum(axis=0)
+        for name in ("own_pairs", "guessed_wrong", "replicas_planned", "replicas_used", "replica_bytes", "aux_s")
+    }
+    sums_PL["declined"] = layer["declined"].max(axis=0)
+    sums_PL["exposed_s"] = layer["balance_s"].mean(axis=0) + layer["counts_s"].min(axis=0)
+    home_PL, now_PL = over_mean(layer["home_pairs"]), over_mean(layer["routed_tokens"])
+    return StepFigures(
+        pass_s_P=pass_s_RP.max(axis=0),
+        home_imbalance_P=home_PL.mean(axis=1),
+        imbalance_P=now_PL.mean(axis=1),
+        home_imbalance_L=home_PL.mean(axis=0),
+        imbalance_L=now_PL.mean(axis=0),
+        **{f"{name}_P": values_PL.sum(axis=1) for name, values_PL in sums_PL.items()},
+        **{f"{name}_L": values_PL.mean(axis=0) for name, values_PL in sums_PL.items()},
+    )
+
+
+def joined_steps(parts: Sequence[StepFigures]) -> StepFigures:
+    """Figures of passes one after the other."""
+    weight_N = [part.passes for part in parts]
+    values = {}
+    for name in StepFigures.__dataclass_fields__:
+        each = [getattr(part, name) for part in parts]
+        is_by_pass = name.endswith("_P")
+        values[name] = np.concatenate(each) if is_by_pass else np.average(each, axis=0, weights=weight_N)
+    return StepFigures(**values)
+
+
+def _share(part: Floats, whole: Floats) -> float:
+    return float(part.sum() / whole.sum()) if whole.any() else 0.0
+
+
+def _table(figures: StepFigures, letter: str) -> dict[str, list[float]]:
+    names = [name for name in StepFigures.__dataclass_fields__ if name.endswith(letter)]
+    return {name.removesuffix(letter): getattr(figures, name).tolist() for name in names}

@@ -1,0 +1,53 @@
+"""Figures of balanced steps from numbers that can be counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from poise.report.step_figures import joined_steps, step_figures_of
+
+
+def layer_of(**values: list[list[list[float]]]) -> dict[str, np.ndarray]:
+    """Two ranks, one pass, two layers; zero unless given."""
+    names = ["routed_tokens", "home_pairs", "own_pairs", "guessed_wrong", "replicas_planned", "replicas_used"]
+    names += ["replica_bytes", "declined", "counts_s", "balance_s", "aux_s"]
+    return {name: np.array(values.get(name, np.zeros((2, 1, 2))), dtype=float) for name in names}
+
+
+def test_imbalance_before_and_after_guesses_and_what_is_exposed() -> None:
+    figures = step_figures_of(
+        layer_of(
+            home_pairs=[[[30, 10]], [[10, 10]]],
+            routed_tokens=[[[22, 10]], [[18, 10]]],
+            own_pairs=[[[20, 10]], [[20, 10]]],
+            guessed_wrong=[[[4, 0]], [[2, 0]]],
+            replicas_planned=[[[2, 0]], [[1, 0]]],
+            replicas_used=[[[1, 0]], [[1, 0]]],
+            replica_bytes=[[[100, 0]], [[60, 0]]],
+            declined=[[[0, 1]], [[0, 1]]],
+            balance_s=[[[0.01, 0.01]], [[0.03, 0.01]]],
+            counts_s=[[[0.5, 0.02]], [[0.04, 0.3]]],
+            aux_s=[[[0.002, 0]], [[0.001, 0]]],
+        ),
+        np.array([[1.0], [1.2]]),
+    )
+    assert figures.home_imbalance_P.tolist() == [pytest.approx((1.5 + 1.0) / 2)]
+    assert figures.imbalance_P.tolist() == [pytest.approx((1.1 + 1.0) / 2)]
+    assert figures.exposed_s_L.tolist() == pytest.approx([0.02 + 0.04, 0.01 + 0.02])
+    facts = figures.to_json()
+    assert facts["guessed_wrong_frac"] == pytest.approx(6 / 60)
+    assert (facts["replicas_planned"], facts["replicas_used"], facts["declined"]) == (3, 2, 1)
+    assert facts["exposed_frac"] == pytest.approx(0.09 / 1.2)
+    first, replicas, cost = figures.lines()
+    assert "1.25 with experts at home, 1.05 with replicas; 10% of the tokens" in first
+    assert replicas == "replicas: 2 used, 1 late, 160 B came; in 1 of 2 layers none paid"
+    assert cost.startswith("cost of it: 7.5% of the passes, and 3")
+
+
+def test_figures_of_passes_one_after_the_other() -> None:
+    one = step_figures_of(layer_of(home_pairs=[[[3, 1]], [[1, 1]]]), np.ones((2, 1)))
+    both = joined_steps([one, one, step_figures_of(layer_of(), np.full((2, 1), 2.0))])
+    assert both.passes == 3
+    assert both.pass_s_P.tolist() == [1, 1, 2]
+    assert both.home_imbalance_L.tolist() == pytest.approx([(1.5 + 1.5 + 1) / 3, 1])
