@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from poise.bench.parallel import exactness, scaling, unequal
-from poise.bench.parallel.case import DTYPE, MEMORY, Case, one_rank, shared_ranks, write_rows
+from poise.bench.parallel import probe as probe_suite
+from poise.bench.parallel.case import DTYPE, MEMORY, Case, one_rank, prefill_job, shared_ranks, write_rows
+from poise.bench.parallel.contest import ORACLE, PROBE, STATIC, contest
+from poise.bench.parallel.probe_tables import tables
 from poise.bench.parallel.session import JobResult, Session
 from poise.errors import PoiseError
 from tests.conftest import VOCABULARY, MakeCheckpoint
@@ -90,3 +93,28 @@ def test_a_part_runs_as_a_command(tmp_path: Path) -> None:
     rows = json.loads(file.read_text())["results"]["parts"]["exact"]["rows"]
     assert {row["ranks"] for row in rows} == {1, 2, 4}
     assert not any(row["different"] for row in rows)
+
+
+def test_an_oracle_knows_every_count_and_figures_say_what_balancing_did(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    case = tiny_case(checkpoint("qwen3_moe", DTYPE))
+    prompts = write_rows(tmp_path / "prompts.json", case.rows["measured"][:24])
+    job = prefill_job(case, prompts, rows_per_rank=2)
+    with Session(shared_ranks(2)) as session:
+        facts = contest(session, job, STATIC | PROBE | ORACLE, tmp_path, rounds=1, warm_up=3)
+    assert list(facts) == ["static", "probe", "oracle"]
+    assert facts["static"]["balanced"] is None
+    assert facts["static"]["speedup"] == 1.0
+    probe, oracle = facts["probe"]["balanced"], facts["oracle"]["balanced"]
+    assert oracle["guessed_wrong_frac"] == 0.0
+    assert 0.0 < probe["guessed_wrong_frac"] < 0.9
+    for row in (probe, oracle):
+        assert row["home_imbalance"] == pytest.approx(facts["static"]["token_imbalance"])
+        assert row["replicas_used_per_pass"] + row["declined_per_pass"] > 0
+    assert tuple(probe_suite._Suite(tmp_path, tmp_path, 1).parts_of(case)) == probe_suite.PARTS
+    assert [table.row_count for table in tables({"code": shown(facts)})] == [3]
+
+
+def shown(policies: dict[str, Any]) -> dict[str, Any]:
+    return {"pass": "prefill", "tokens_per_rank": 1, "layout": "", "model": "", "policies": policies}

@@ -29,6 +29,7 @@ BENCHMARKS = MappingProxyType(
         "offload-llama": "poise.bench.offload.llama",
         "offload-planner": "poise.bench.offload.planner",
         "parallel": "poise.bench.parallel.run",
+        "parallel-probe": "poise.bench.parallel.probe",
         "place": "poise.bench.place.run",
         "prefetch": "poise.bench.prefetch",
         "prefetch-engine": "poise.bench.prefetch_engine",

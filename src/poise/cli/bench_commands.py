@@ -36,9 +36,19 @@ def bench(
             metavar="N", help="Of a long benchmark, measure so many decode steps and count the rest as their mean."
         ),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(metavar="SUITE", help="Of a benchmark with several suites, run this one: `parallel` has `probe`."),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Runs a benchmark beside its peers, and prints how close each comes to the physical limit."""
     from poise.bench import run_benchmark
 
-    run_benchmark(name, output=output, json_output=json_output, parts=part or (), steps=steps)
+    run_benchmark(
+        name if suite is None else f"{name}-{suite}",
+        output=output,
+        json_output=json_output,
+        parts=part or (),
+        steps=steps,
+    )

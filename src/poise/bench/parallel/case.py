@@ -103,18 +103,18 @@ def bundled_case(directory: Path) -> Case:
     return Case(name="bundled model", model=MODEL, rows=_text(directory))
 
 
-def random_case(directory: Path) -> Case:
-    """Random weights and tokens."""
+def random_case(directory: Path, *, skew: float = SKEW) -> Case:
+    """Random weights and tokens; the r-th most popular expert is chosen by about 1 / r ^ ``skew``."""
     from transformers import AutoConfig
 
     from poise.model.random_checkpoint import make_checkpoint
 
-    target = directory / f"random-{SKEW:g}"
+    target = directory / f"random-{skew:g}"
     if not target.exists():
-        make_checkpoint(AutoConfig.for_model("qwen3_moe", **RANDOM_CONFIG), target, dtype=DTYPE, skew=SKEW)
+        make_checkpoint(AutoConfig.for_model("qwen3_moe", **RANDOM_CONFIG), target, dtype=DTYPE, skew=skew)
     draw = np.random.default_rng(0)
     rows = {name: draw.integers(3, RANDOM_CONFIG["vocab_size"], (400, ROW_TOKENS)) for name in ("profile", "measured")}
-    return Case(name=f"random weights, popularity 1 / rank ^ {SKEW:g}", model=target, rows=rows)
+    return Case(name=f"random weights, popularity 1 / rank ^ {skew:g}", model=target, rows=rows)
 
 
 @cache

@@ -33,11 +33,16 @@ WITHIN_S = 220.0
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobResult:
     """``facts``: what rank 0 says. ``records_RPLN``: of every rank, pass and layer: pairs, active experts, seconds; where asked
-    for. ``load_PLE``: pairs of each pass, layer and expert, of all ranks together."""
+    for. ``load_RPLE``: choices of each rank's own tokens by pass, layer and expert."""
 
     facts: dict[str, Any]
     records_RPLN: npt.NDArray[np.float64] | None
-    load_PLE: npt.NDArray[np.float64] | None
+    load_RPLE: npt.NDArray[np.float64] | None
+
+    @property
+    def load_PLE(self) -> npt.NDArray[np.float64] | None:
+        """Of all ranks together."""
+        return None if self.load_RPLE is None else self.load_RPLE.sum(axis=0)
 
     @property
     def step_s_P(self) -> npt.NDArray[np.float64]:
@@ -111,7 +116,7 @@ class Session:
         return JobResult(
             facts=facts[0],
             records_RPLN=np.stack([each["records"] for each in arrays]) if arrays else None,
-            load_PLE=np.sum([each["load"] for each in arrays], axis=0, dtype=float) if arrays else None,
+            load_RPLE=np.stack([each["load"] for each in arrays]).astype(float) if arrays else None,
         )
 
     def _unlimited(self) -> None:

@@ -3,7 +3,8 @@
 A job: ``model``, ``memory``, ``dtype``, ``balance`` (or ``reference``: one process, no ranks), ``groups`` ([[batch size,
 batches]]), ``prompts`` (JSON file of token ids, in the order of passes), ``new_tokens``; optional ``policy`` (fields other than
 as they are), ``placement`` (as its file has it), ``redundant_slots``, ``keeps_records`` (every layer of every pass, into a
-file), ``tells_passes`` (how many are done, in a file), ``has_figures`` (False: no layer is taken down).
+file), ``steps`` (as ``policy``, where each step is balanced), ``behind`` ("vibe": experts move behind that),
+``tells_passes`` (how many are done, in a file), ``has_figures`` (False: no layer is taken down).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from poise.spec.placement import Placement
 from poise.spec.whole_file import write_whole
 
 _POLL_S = 0.01
+PATHS = ("lookahead", "replay")
 
 
 def main() -> None:
@@ -90,7 +92,9 @@ class _Rank:
         policy: Rebalance | None = None
         steps: StepOptions | None = None
         if isinstance(named, StepOptions):
-            steps = replace(named, **job.get("steps", {}))
+            given: dict[str, Any] = job.get("steps", {})
+            given = {name: Path(value) if name in PATHS else value for name, value in given.items()}
+            steps = replace(named, **given)
             policy = Vibe(**job.get("policy", {})) if job.get("behind") == "vibe" else None
         elif named is not None:
             policy = replace(named, **job.get("policy", {}))  # type: ignore[type-var]
@@ -157,7 +161,7 @@ class _Rank:
             "stamps_ns": self._stamps_ns,
             "passes_in_halves": llm.runner.passes_in_halves,
             "figures": None if figures is None else figures.to_json(),
-            "steps": None if steps is None else steps.to_json(),
+            "balanced": None if steps is None else steps.to_json(),
             "history": [] if balancing is None else [asdict(each) for each in balancing.history],
             "table": [] if balancing is None else balancing.table(),
         }

@@ -1,0 +1,201 @@
+"""`poise bench parallel --suite probe`: balancing each step beside EPLB, ViBE and nothing, on real ranks of a cluster in a box.
+
+What is real and what is simulated is as in ``bench.parallel.run``. Here ranks compute a replica's bytes over sockets, too, and
+the kernel limits their links where a part says so. Needs root; a part without its limits fails and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from poise.bench.cluster.layout import GBIT_PER_S, ClusterLayout, four_unequal_ranks, slow_link, two_ranks
+from poise.bench.machine import stamp
+from poise.bench.parallel.case import (
+    Case,
+    cycled,
+    equal_ranks,
+    prefill_job,
+    random_case,
+    widened_case,
+    work_directory,
+    write_rows,
+)
+from poise.bench.parallel.contest import MOVERS, ORACLE, PROBE, PROBE_VIBE, STATIC, WARM_UP, Contenders, contest
+from poise.bench.parallel.probe_tables import tables
+from poise.bench.parallel.session import Session
+from poise.bench.parts import Parts, say
+from poise.bench.results import document, write_result
+
+NAME = "parallel-probe"
+STEPS = 12
+"""Passes that are measured of each contender in each round, unless --steps says otherwise."""
+DECODE_ROWS, DECODE_PROMPT = 128, 8
+"""Sequences of each rank, and tokens they begin with."""
+EVEN = 0.01
+"""An exponent at which all experts are about as popular."""
+SKEWS = (EVEN, 0.35, 0.7)
+LINKS: Mapping[str, Callable[[], ClusterLayout]] = {
+    "loopback": two_ranks,
+    "4 Gbit/s": lambda: two_ranks().with_link(4 * GBIT_PER_S),
+    "1 Gbit/s": slow_link,
+}
+WAYS: Contenders = {
+    "after the gate": {"balance": "probe", "steps": {"predictor": "none"}},
+    "last pass": {"balance": "probe", "steps": {"predictor": "last"}},
+    "frozen gate": {"balance": "probe"},
+    "not suspended": {"balance": "probe", "steps": {"suspends": False}},
+    **ORACLE,
+}
+SLOTS: Contenders = {
+    f"{slots} replica slots": {"balance": "probe", "steps": {"replica_slots": slots}} for slots in range(5)
+}
+ALL: Contenders = STATIC | MOVERS | PROBE | ORACLE
+
+
+class _Suite:
+    """The parts, each a method. ``scratch``: for prompts; ``steps``: passes that count."""
+
+    def __init__(self, directory: Path, scratch: Path, steps: int) -> None:
+        self._scratch, self._steps = scratch, steps
+        self._directory = directory
+
+    def parts_of(self, widened: Case) -> Mapping[str, Callable[[], dict[str, Any]]]:
+        """In their order."""
+        links = {name.replace(" ", "").replace("/", ""): layout for name, layout in LINKS.items()}
+        return {
+            "code": lambda: self._prefill(widened, equal_ranks(), _rows(widened, "code"), ALL),
+            "mixed": lambda: self._prefill(widened, equal_ranks(), _mixed(widened), ALL),
+            "switch": lambda: self._switch(widened),
+            "decode": lambda: self._decode(widened),
+            "unequal": lambda: self._prefill(
+                widened, four_unequal_ranks(), _rows(widened, "code"), STATIC | MOVERS | PROBE | PROBE_VIBE
+            ),
+            "ways": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | WAYS),
+            "slots": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | SLOTS),
+            "random": lambda: self._prefill(self._random(0.7), LINKS["4 Gbit/s"](), None, ALL),
+            "overhead": self._overhead,
+            **{f"break-even-{name}": self._break_even(layout) for name, layout in links.items()},
+        }
+
+    def _random(self, skew: float) -> Case:
+        return random_case(self._directory, skew=skew)
+
+    def _prefill(
+        self,
+        case: Case,
+        layout: ClusterLayout,
+        rows_WT: Any,
+        contenders: Contenders,
+        *,
+        rows_per_rank: int = 1,
+        warm_up: int = WARM_UP,
+        rounds: int = 2,
+    ) -> dict[str, Any]:
+        """Passes over new prompts. ``rows_WT``: None for the case's own."""
+        rows_WT = next(iter(case.rows.values())) if rows_WT is None else rows_WT
+        count = rows_per_rank * len(layout.ranks) * (self._steps + warm_up)
+        prompts = write_rows(self._scratch / "prefill.json", cycled(rows_WT, count))
+        job = prefill_job(case, prompts, rows_per_rank=rows_per_rank)
+        with Session(layout) as session:
+            facts = contest(session, job, contenders, self._scratch, rounds=rounds, warm_up=warm_up)
+            return self._about(case, session, "prefill", rows_per_rank * rows_WT.shape[1]) | {"policies": facts}
+
+    def _switch(self, case: Case) -> dict[str, Any]:
+        """Code for as long as nothing counts, then prose."""
+        layout = equal_ranks()
+        ranks = len(layout.ranks)
+        rows = [cycled(case.rows["code"], WARM_UP * ranks), cycled(case.rows["prose"], self._steps * ranks)]
+        return self._prefill(case, layout, np.concatenate(rows), ALL)
+
+    def _decode(self, case: Case) -> dict[str, Any]:
+        layout = equal_ranks()
+        rows = cycled(case.rows["code"], DECODE_ROWS * len(layout.ranks))[:, :DECODE_PROMPT]
+        prompts = write_rows(self._scratch / "decode.json", rows)
+        job = {**prefill_job(case, prompts, rows_per_rank=DECODE_ROWS), "new_tokens": WARM_UP + self._steps}
+        with Session(layout) as session:
+            facts = contest(session, job, ALL, self._scratch)
+            return self._about(case, session, "decode", DECODE_ROWS) | {"policies": facts}
+
+    def _overhead(self) -> dict[str, Any]:
+        """Even popularity: nothing to gain, so what balancing costs is seen."""
+        contenders = STATIC | PROBE
+        return self._prefill(self._random(EVEN), two_ranks(), None, contenders, rows_per_rank=2, rounds=4)
+
+    def _break_even(self, layout: Callable[[], ClusterLayout]) -> Callable[[], dict[str, Any]]:
+        def measure() -> dict[str, Any]:
+            rows = []
+            for skew in SKEWS:
+                case = self._random(skew)
+                part = self._prefill(case, layout(), None, STATIC | PROBE, warm_up=4)
+                rows.append({"skew": skew, **part})
+            return {"rows": rows}
+
+        return measure
+
+    def _about(self, case: Case, session: Session, kind: str, tokens: int) -> dict[str, Any]:
+        return {
+            "model": case.name,
+            "pass": kind,
+            "tokens_per_rank": tokens,
+            "layout": session.layout.name,
+            "shares": [limits.cores for limits in session.layout.ranks],
+            "limits_enforced": list(session.enforced),
+        }
+
+
+PARTS = (
+    "code",
+    "mixed",
+    "switch",
+    "decode",
+    "unequal",
+    "ways",
+    "slots",
+    "random",
+    "overhead",
+    "break-even-loopback",
+    "break-even-4Gbits",
+    "break-even-1Gbits",
+)
+
+
+def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), steps: int | None = None) -> None:
+    """Each part takes 1 to 4 minutes."""
+    directory = work_directory()
+    done = Parts(directory, NAME, order=PARTS, wanted=parts)
+    with tempfile.TemporaryDirectory(prefix="poise-bench-") as scratch:
+        done.run(_Suite(directory, Path(scratch), steps or STEPS).parts_of(widened_case(directory)))
+    results = {"parts": done.results()}
+    facts = stamp(environment={"OMP_NUM_THREADS": "1"})
+    if json_output:
+        print(json.dumps(document(NAME, facts, results)))
+    else:
+        for table in tables(results["parts"]):
+            Console().print(table)
+    if output is not None:
+        say(f"Wrote {write_result(output, NAME, facts, results, today=date.today())}")
+    done.raise_if_failed()
+
+
+def _linked() -> ClusterLayout:
+    """Four like ranks behind links of 1 Gbit/s, over which replicas and tokens must share."""
+    return equal_ranks().with_link(GBIT_PER_S)
+
+
+def _rows(case: Case, kind: str) -> Any:
+    return case.rows[kind]
+
+
+def _mixed(case: Case) -> Any:
+    """Code and prose in turn, so that no two passes are alike."""
+    code, prose = case.rows["code"], case.rows["prose"]
+    count = min(len(code), len(prose))
+    return np.stack([code[:count], prose[:count]], axis=1).reshape(-1, code.shape[1])
