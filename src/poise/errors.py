@@ -10,7 +10,6 @@
     │   ├── RanksError          ranks of one job that do not meet, or do not run the same thing
     │   └── BudgetError         the memory budget; carries the smallest that works
     ├── RankLostError       a rank of the job died, stalled or gave up: all ranks end
-    ├── PassAbandonedError  a rank gave a pass up, and all ranks have left it; the group goes on
     └── ReadError           the disk failed while weights were being read
 
 Our own invariants are ``assert`` with a message, not exceptions of this tree.
@@ -83,10 +82,6 @@ class RankLostError(PoiseError):
         super().__init__(message)
         self.is_speaker = is_speaker
         self.was_told_to_end = was_told_to_end
-
-
-class PassAbandonedError(PoiseError):
-    """A rank gave a pass up. All ranks have left it at the same layer, and can begin another."""
 
 
 class ReadError(PoiseError):

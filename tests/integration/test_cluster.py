@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from poise.bench import cgroup
 from poise.bench.cluster.cluster import Cluster
 from poise.bench.cluster.exchange import measure
 from poise.bench.cluster.layout import GBIT_PER_S, ClusterLayout, RankLimits, four_unequal_ranks, two_ranks
@@ -183,6 +184,25 @@ def test_without_root_one_line_says_so() -> None:
     if "iproute2" in done.stdout:
         pytest.skip("iproute2 is not installed")
     assert done.stdout == "network namespaces need root; run as root\n", done.stderr
+
+
+def test_a_group_that_cannot_be_removed_leaves_the_others_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = open_or_skip(ClusterLayout(name="held", ranks=(RankLimits(cores=0.5),) * 3))
+    remove, asked = cgroup.remove_group, []
+
+    def refuse_the_last(group: Path) -> None:
+        asked.append(group)
+        remove(group)
+        if len(asked) == 1:
+            raise OSError("busy")
+
+    cluster.__enter__()
+    assert len(groups_of(os.getpid())) == 3
+    monkeypatch.setattr(cgroup, "remove_group", refuse_the_last)
+    with pytest.raises(OSError, match="busy"):
+        cluster.__exit__(None, None, None)
+    assert len(asked) == 3
+    assert groups_of(os.getpid()) == []
 
 
 def test_ctrl_c_leaves_no_rank_and_no_group() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from poise.bench.cluster.cluster import Cluster
+from poise.bench.cluster.layout import GBIT_PER_S, two_ranks
 from tests.conftest import DrawPrompts, MakeCheckpoint
 from tests.ranks import free_port
 
@@ -160,3 +162,20 @@ def test_what_ranks_would_not_heed_is_refused_in_one_line(option: tuple[str, str
     assert f"{option[0]}" in done.stderr
     assert "--expert-parallel" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_hosts_write_the_one_output_that_one_process_writes(
+    checkpoint: MakeCheckpoint, prompt_file: Path, tmp_path: Path
+) -> None:
+    """Ranks in networks of their own, each with an address of its own: nothing but their link joins them."""
+    alone, shared = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
+    asked = [sys.executable, "-m", "poise", "generate", str(checkpoint("qwen3_moe")), "--prompts", str(prompt_file)]
+    asked += ["--max-tokens", "5", "--ignore-eos", "--memory", "1GiB"]
+    subprocess.run([*asked, "--output", str(alone)], check=True, timeout=120)
+    with Cluster(two_ranks().with_link(GBIT_PER_S)) as cluster:
+        if cluster.missing:
+            pytest.skip(f"not permitted here: {cluster.missing[0]}")
+        result = cluster.run([*asked, "--output", str(shared), "--expert-parallel", "--balance", "eplb"], timeout_s=120)
+    assert not result.has_failed, [rank.stderr for rank in result.ranks]
+    assert results(shared) == results(alone)

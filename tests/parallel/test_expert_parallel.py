@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from poise.errors import PassAbandonedError
 from poise.model.inspect import find_experts
 from poise.model.seam import Parked
 from poise.model.weights import converter_for
@@ -212,27 +211,6 @@ def test_experts_move_between_passes_and_every_pass_is_right(
     for rank, result in enumerate(results):
         assert result["held"] == [sorted(row) for row in experts_of(before, rank)]
         assert result["free"] == 9 - sum(map(len, result["held"]))
-
-
-@torch.inference_mode()
-def abandon(launch: Launch, path: Path, placement: Placement) -> list[list[torch.Tensor]]:
-    """Rank 2 gives a pass up at its second layer; the group then runs another pass."""
-    job = load(launch, path, placement)
-    with job.group:
-        job.run(0)
-        with pytest.raises(PassAbandonedError, match="rank 2 gave the pass up at MoE layer 1"):
-            job.layers.abandon(1) if launch.rank == 2 else job.run(1)
-        outputs = [job.run(layer) for layer in range(len(LAYERS))]
-        job.experts.close()
-        return outputs
-
-
-def test_a_pass_that_one_rank_gives_up_is_left_by_all_and_the_next_one_is_right(
-    checkpoint: MakeCheckpoint, reference: Reference, tmp_path: Path
-) -> None:
-    path, placement = checkpoint("qwen3_moe"), E8["contiguous on 4"]
-    outputs = start_ranks(abandon, 4, tmp_path, path, placement).results()
-    assert largest_error(reference(path), outputs, 8, torch.float32) < 1e-5
 
 
 def test_the_memory_of_a_shard_is_that_of_its_slots(checkpoint: MakeCheckpoint) -> None:

@@ -224,6 +224,25 @@ def test_a_part_that_does_not_fit_is_refused_in_one_line(checkpoint: MakeCheckpo
     assert line.startswith("error: a memory budget of 1 MiB is too small; the smallest that works is")
 
 
+def open_one(launch: Launch, path_R: list[Path]) -> None:
+    ParallelLLM(path_R[launch.rank], launch, memory="2GiB", patience=PATIENT).close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_others_do_not_wait_for_a_rank_that_cannot_start(
+    rank: int, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    paths = [checkpoint("qwen3_moe")] * 3
+    paths[rank] = tmp_path / "nothing"
+    ranks = start_ranks(open_one, 3, tmp_path, paths)
+    assert ranks.wait(within_s=20) == [2, 2, 2]
+    reason = f"no such model directory: {tmp_path / 'nothing'}"
+    assert ranks.output(rank).startswith(f"error: {reason}")
+    for other in {0, 1, 2} - {rank}:
+        (line,) = ranks.output(other).splitlines()
+        assert line.startswith(f"error: rank {rank} gave up: {reason}")
+
+
 SWAPPED = Placement(
     slot_to_expert_LS=np.array([[0, 1, 2, 4, 3, 5, 6, 7]] * 2, dtype=np.int32), layers=(0, 1), num_experts=8, ranks=2
 )

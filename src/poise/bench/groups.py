@@ -8,6 +8,7 @@ killed run has left are removed when the first new one is made.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from poise.bench import cgroup
@@ -67,9 +68,10 @@ class ControlGroups:
     def close(self) -> None:
         """Kills what still runs in the groups and removes them. Safe to call twice."""
         self._limited.clear()
-        while self._groups:
-            _, group = self._groups.popitem()
-            cgroup.remove_group(group)
+        groups, self._groups = list(self._groups.values()), {}
+        with ExitStack() as last_first:
+            for group in groups:
+                last_first.callback(cgroup.remove_group, group)
 
     def _limit(
         self, controller: cgroup.Controller, name: str, limit: Callable[[cgroup.Hierarchy, Path], None]

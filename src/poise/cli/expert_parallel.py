@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,15 @@ def this_launch() -> Launch:
     from poise.parallel.launch import Launch
 
     return Launch.from_environment(os.environ)
+
+
+def telling_others(launch: Launch | None) -> AbstractContextManager[None]:
+    """What rank 0 does before it opens the model: where it fails, the others need not wait for it."""
+    if launch is None:
+        return nullcontext()
+    from poise.parallel.handshake import heard_by_others
+
+    return heard_by_others(launch)
 
 
 def call_off(launch: Launch) -> None:

@@ -17,7 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poise.cli.expert_parallel import BALANCES, Interrupted, call_off, closing_lines, follow, this_launch
+from poise.cli.expert_parallel import (
+    BALANCES,
+    Interrupted,
+    call_off,
+    closing_lines,
+    follow,
+    telling_others,
+    this_launch,
+)
 from poise.cli.figures import measured, plan_line, rates, say_header, summary, taken
 from poise.cli.output import ResultFile, fingerprint, finished_results, output_line, writable_file
 from poise.cli.progress import Bar, PlainLines, say
@@ -93,13 +101,12 @@ def run_generate(options: GenerateOptions) -> None:
     if launch is not None and launch.rank > 0:
         follow(launch, lambda at: _open_ranks(options, at, None))
         return
-    requests = read_requests(options.prompts, options.prompt_file, options.sampling)
-    if options.output is None:
-        _generate(options, requests, None, launch)
-        return
-    heads = [request.head(index) for index, request in enumerate(requests)]
-    identity = _identity(options, requests, heads)
-    done = finished_results(options.output, heads, identity) if options.resume else None
+    with telling_others(launch):
+        requests = read_requests(options.prompts, options.prompt_file, options.sampling)
+        heads = [request.head(index) for index, request in enumerate(requests)]
+        identity = _identity(options, requests, heads)
+        done = finished_results(options.output, heads, identity) if options.output and options.resume else None
+        file = None if done is not None else _result_file(options, len(requests), identity)
     if done is not None:
         if launch is not None:
             call_off(launch)
@@ -110,9 +117,10 @@ def run_generate(options: GenerateOptions) -> None:
         if options.json_output:
             _print_json(done.lines, None, None)
         return
-    with ResultFile(
-        options.output, total=len(requests), identity=identity, resume=options.resume, overwrite=options.overwrite
-    ) as results:
+    if file is None:
+        _generate(options, requests, None, launch)
+        return
+    with file as results:
         try:
             _generate(options, requests, results, launch)
             results.finish()
@@ -122,6 +130,14 @@ def run_generate(options: GenerateOptions) -> None:
             if results.finished:
                 say(_what_is_kept(results, options))
             raise
+
+
+def _result_file(options: GenerateOptions, total: int, identity: Mapping[str, str]) -> ResultFile | None:
+    if options.output is None:
+        return None
+    return ResultFile(
+        options.output, total=total, identity=identity, resume=options.resume, overwrite=options.overwrite
+    )
 
 
 def _what_is_kept(results: ResultFile, options: GenerateOptions) -> str:

@@ -40,7 +40,7 @@ from poise.model.weights import converter_for
 from poise.parallel.courier import Courier
 from poise.parallel.exchange import TokenExchange
 from poise.parallel.group import RankGroup
-from poise.parallel.handshake import facts_of
+from poise.parallel.handshake import facts_of, heard_by_others
 from poise.parallel.launch import Launch
 from poise.parallel.migration import Migration
 from poise.parallel.moe_layer import ExpertParallelLayers
@@ -108,48 +108,49 @@ class ParallelLLM:
         self._last: Progress | None = None
         self._timelines: tuple[RankTimeline, ...] = ()
         self._calls = 0
-        self._balances = balances = Balances.of(balance, policy, steps)
-        if redundant_slots is None:
-            redundant_slots = balances.redundant_slots
-        return_freed_memory()
-        devices = opened(machine)
-        own = device_of(devices, launch.rank)
-        self._device = device_for(device, launch.local_rank)
-        if self._device.type == "cuda" and quantize != "none":
-            raise UsageError("quantize 'int4' is computed on CPUs only; leave it out, or give device cpu")
-        if self._device.type == "cuda" and balances.steps is not None:
-            raise UsageError("balance 'probe' runs on CPUs only; give another balance, or device cpu")
-        asked = Options(
-            memory=budget_for(memory, self._device, local_ranks=launch.local_ranks),
-            device=self._device.type,
-            dtype=dtype,
-            groups=groups,
-            quantize=quantize,
-            machine=own,
-            experts_stay=True,
-        )
-        drawn = draw_up(model, asked, on_made=on_made or _nobody, waits=True)
-        self._curves: RankCosts | None = None
-        first = placement or contiguous_for(drawn, launch.num_ranks, redundant_slots)
-        if devices is not None and balances.uses_speed:
-            self._curves = curves_of(devices, drawn, launch.num_ranks)
-        if self._curves is not None and isinstance(balances.policy, Vibe):
-            first = placement or placed_by_speed(first, self._curves, top_k=drawn.spec.top_k)
-        self.placement = first
-        self._blueprint = for_ranks(drawn, self.placement, replica_slots=balances.replica_slots)
-        self._drawn = drawn
-        options = {
-            "dtype": drawn.dtype.dtype,
-            "quantize": quantize,
-            "device": self._device.type,
-            "machine": digest_of(devices),
-            "redundant slots": redundant_slots,
-            "balance": balances.policy or "static",
-            "steps": balances.steps or "as they are",
-        }
-        facts = facts_of(
-            weights_fingerprint(drawn.checkpoint), self.placement, version=poise.__version__, options=options
-        )
+        with heard_by_others(launch):
+            self._balances = balances = Balances.of(balance, policy, steps)
+            if redundant_slots is None:
+                redundant_slots = balances.redundant_slots
+            return_freed_memory()
+            devices = opened(machine)
+            own = device_of(devices, launch.rank)
+            self._device = device_for(device, launch.local_rank)
+            if self._device.type == "cuda" and quantize != "none":
+                raise UsageError("quantize 'int4' is computed on CPUs only; leave it out, or give device cpu")
+            if self._device.type == "cuda" and balances.steps is not None:
+                raise UsageError("balance 'probe' runs on CPUs only; give another balance, or device cpu")
+            asked = Options(
+                memory=budget_for(memory, self._device, local_ranks=launch.local_ranks),
+                device=self._device.type,
+                dtype=dtype,
+                groups=groups,
+                quantize=quantize,
+                machine=own,
+                experts_stay=True,
+            )
+            drawn = draw_up(model, asked, on_made=on_made or _nobody, waits=True)
+            self._curves: RankCosts | None = None
+            first = placement or contiguous_for(drawn, launch.num_ranks, redundant_slots)
+            if devices is not None and balances.uses_speed:
+                self._curves = curves_of(devices, drawn, launch.num_ranks)
+            if self._curves is not None and isinstance(balances.policy, Vibe):
+                first = placement or placed_by_speed(first, self._curves, top_k=drawn.spec.top_k)
+            self.placement = first
+            self._blueprint = for_ranks(drawn, self.placement, replica_slots=balances.replica_slots)
+            self._drawn = drawn
+            options = {
+                "dtype": drawn.dtype.dtype,
+                "quantize": quantize,
+                "device": self._device.type,
+                "machine": digest_of(devices),
+                "redundant slots": redundant_slots,
+                "balance": balances.policy or "static",
+                "steps": balances.steps or "as they are",
+            }
+            facts = facts_of(
+                weights_fingerprint(drawn.checkpoint), self.placement, version=poise.__version__, options=options
+            )
         self._group = RankGroup(launch, facts, patience=patience, device=self._device)
         try:
             self._load(on_loaded)

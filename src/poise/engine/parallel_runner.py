@@ -105,7 +105,7 @@ class ParallelRunner:
     def run(self, group: Sequence[ForwardInputs]) -> list[torch.Tensor]:
         """One pass over the layers for every batch of this rank. Returns each batch's logits (rows, kept tokens, V).
 
-        Raises RankLostError when a rank is lost, PassAbandonedError when another rank gives the pass up.
+        Raises RankLostError when a rank is lost.
         """
         assert group, "a rank without work joins"
         tokens = [inputs.arguments["input_ids"].numel() for inputs in group]

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 
-from poise.errors import PassAbandonedError
 from poise.parallel.group import RankGroup
 from poise.parallel.routes import Routes
 
@@ -72,11 +71,8 @@ class TokenExchange:
         return hidden_TH, choice_TK, torch.empty(0, self._top_k, device=device)
 
     def dispatch(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, routes: Routes, *, layer: int) -> Received:
-        """Sends every row to where ``routes`` says and returns those that came. Weights travel, and arrive, in fp32.
-
-        Raises PassAbandonedError on every rank when one has called ``abandon`` instead.
-        """
-        received_R, waited_s = self._headers(routes.sent_R, layer, gives_up=False)
+        """Sends every row to where ``routes`` says and returns those that came. Weights travel, and arrive, in fp32."""
+        received_R, waited_s = self._headers(routes.sent_R, layer)
         rows, began_s, aside = sum(received_R), perf_counter(), self.aside
         came = torch.empty(rows, self._row_bytes, dtype=torch.uint8, device=self._group.device)
         leaving = self._packed(hidden_TH, weights_TK, routes)
@@ -112,21 +108,15 @@ class TokenExchange:
             output_TH.index_add_(0, token_N, row_NH.float())  # each token at most once in a call: in the order of ranks
         return output_TH.to(self._dtype)
 
-    def abandon(self, *, layer: int) -> None:
-        """Joins the layer's dispatch only to say that this rank gives the pass up, so that all leave it here."""
-        self._headers((0,) * self._group.num_ranks, layer, gives_up=True)
-
-    def _headers(self, sent_R: tuple[int, ...], layer: int, *, gives_up: bool) -> tuple[tuple[int, ...], float]:
+    def _headers(self, sent_R: tuple[int, ...], layer: int) -> tuple[tuple[int, ...], float]:
         """How many rows come from each rank, and how long this one waited to hear it."""
         one_each = [1] * self._group.num_ranks
-        told = torch.tensor([[rows, layer, gives_up] for rows in sent_R], device=self._group.device)
+        told = torch.tensor([[rows, layer] for rows in sent_R], device=self._group.device)
         heard = torch.empty_like(told)
         began_s = perf_counter()
         self._group.all_to_all(heard, told, one_each, one_each)
-        rows_R, layer_R, gives_up_R = zip(*heard.tolist(), strict=True)
+        rows_R, layer_R = zip(*heard.tolist(), strict=True)
         waited_s = perf_counter() - began_s
-        if any(gives_up_R):
-            raise PassAbandonedError(f"rank {gives_up_R.index(1)} gave the pass up at MoE layer {layer}")
         assert set(layer_R) == {layer}, f"ranks stand at different MoE layers: {layer_R}"
         return rows_R, waited_s
 

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import transformers
 from torch.distributed.distributed_c10d import Store
 
-from poise.errors import RanksError
+from poise.errors import PoiseError, RanksError
 from poise.parallel.launch import Launch
 from poise.spec.placement import Placement
+
+logger = logging.getLogger(__name__)
 
 REMEDIES = {
     "checkpoint": "give every rank the same MODEL",
@@ -26,7 +30,9 @@ REMEDIES = {
     "transformers": "install one version on every machine",
 }
 _POLL_S = 0.02
-_CALLED_OFF = "called off"
+_CALLED_OFF, _GAVE_UP = "called off", "gave up"
+"""In place of facts."""
+_TELL_S = 5.0
 
 
 class CalledOff(Exception):  # noqa: N818 - it is no error
@@ -47,7 +53,7 @@ def facts_of(fingerprint: str, placement: Placement, *, version: str, options: M
 
 def shake_hands(store: Store, rank: int, num_ranks: int, facts: Mapping[str, str], *, timeout_s: float) -> None:
     """Returns when all ranks have shown the same facts. Raises RanksError, on every rank the same one, for the lowest rank
-    that differs from rank 0 or has not come within ``timeout_s``; CalledOff where rank 0 has nothing to do."""
+    that differs from rank 0, cannot start or has not come within ``timeout_s``; CalledOff where rank 0 has nothing to do."""
     store.set(f"hello/{rank}", json.dumps(dict(facts)))
     deadline = time.monotonic() + timeout_s
     first: dict[str, str] = {}
@@ -57,11 +63,23 @@ def shake_hands(store: Store, rank: int, num_ranks: int, facts: Mapping[str, str
         if _CALLED_OFF in theirs:
             store.set(f"read/{rank}", "yes")
             raise CalledOff
-        difference = _difference(first, theirs, other)
+        failure = theirs.get(_GAVE_UP)
+        difference = _difference(first, theirs, other) if failure is None else f"rank {other} gave up: {failure}"
         if difference is not None:
             store.set(f"read/{rank}", "yes")
-            wait_for_keys(store, [f"read/{each}" for each in range(num_ranks)], timeout_s=min(timeout_s, 5.0))
+            if rank == 0:  # which may keep the store
+                wait_for_keys(store, [f"read/{each}" for each in range(num_ranks)], timeout_s=min(timeout_s, _TELL_S))
             raise RanksError(difference, is_shared=True)
+
+
+@contextmanager
+def heard_by_others(launch: Launch) -> Iterator[None]:
+    """What a rank does before it shakes hands: where it fails, the others hear why, instead of waiting for it."""
+    try:
+        yield
+    except BaseException as error:
+        _tell(launch, error)
+        raise
 
 
 def call_off(launch: Launch, *, timeout_s: float) -> None:
@@ -82,6 +100,20 @@ def wait_for_keys(store: Store, keys: list[str], *, timeout_s: float) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _tell(launch: Launch, error: BaseException) -> None:
+    kind = "" if isinstance(error, PoiseError) else f"{type(error).__name__}: "
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{kind}{line}"
+    try:
+        store = launch.connect(timeout_s=_TELL_S)
+        store.set(f"hello/{launch.rank}", json.dumps({_GAVE_UP: reason}))
+        store.set(f"read/{launch.rank}", "yes")
+        if launch.keeps_store:
+            wait_for_keys(store, [f"read/{other}" for other in range(launch.num_ranks)], timeout_s=_TELL_S)
+    except (RanksError, RuntimeError):
+        logger.debug("the other ranks cannot be told that rank %d gives up", launch.rank)
 
 
 def _await(store: Store, key: str, deadline: float, rank: int, timeout_s: float) -> str:

@@ -133,7 +133,7 @@ class ExpertParallelLayers:
     def run(self, parked: Sequence[Parked], real: Sequence[torch.Tensor | None], *, layer: int) -> list[torch.Tensor]:
         """The experts' outputs for every parked batch, shapes as their hidden states; none for no batch.
 
-        Raises RankLostError when a rank is lost, PassAbandonedError when one gives the pass up.
+        Raises RankLostError when a rank is lost.
         """
         turn = self.prepare(parked, real, layer=layer)
         with self._waiting("wait: rows", layer):
@@ -220,12 +220,6 @@ class ExpertParallelLayers:
     def _waiting(self, name: str, layer: int) -> AbstractContextManager[None]:
         """The computing thread can do nothing else meanwhile."""
         return nullcontext() if self.timeline is None else self.timeline.span(COMPUTE, name, layer=layer)
-
-    def abandon(self, layer: int) -> None:
-        """In place of ``run``: gives the pass up, so that all ranks leave it at this layer. Raises PassAbandonedError."""
-        if self._balance is not None:
-            self._balance.abandon(layer)
-        self._exchange.abandon(layer=layer)
 
     def _joined(
         self, parked: Sequence[Parked], real: Sequence[torch.Tensor | None]

@@ -16,7 +16,6 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from poise.errors import PassAbandonedError
 from poise.model.layout import Weights
 from poise.parallel.forecast import Forecast
 from poise.parallel.group import RankGroup
@@ -96,15 +95,12 @@ class StepBalance:
             self._planner.set_costs(self._costs.costs)
         for layer in changed:
             self._planner.set_homes(layer, slot_to_expert_LS[layer])
-        if self._plan is not None and (self._plan.layer or 0 in changed):
-            self._plan = None  # of a pass that was given up, or of homes that are no more
+        if self._plan is not None and 0 in changed:
+            self._plan = None  # of homes that are no more
             self.track.end_fetch()
 
     def routes(self, layer: int, hidden_TH: torch.Tensor, choice_TK: torch.Tensor, copies: Copies) -> Routes:
-        """All ranks at once: where this rank's tokens go. ``choice_TK``: E where there is no choice.
-
-        Raises PassAbandonedError on every rank when one has called ``abandon`` instead.
-        """
+        """All ranks at once: where this rank's tokens go. ``choice_TK``: E where there is no choice."""
         began_s = perf_counter()
         self.note = note = StepNote()
         own_E = _counts_E(choice_TK, self._num_experts)
@@ -136,11 +132,6 @@ class StepBalance:
         note.counts_s += waited_s
         self._show(layer, began_s, asked_s, heard_s, ended_s)
         return routes
-
-    def abandon(self, layer: int) -> None:
-        """Joins the layer's counts only to say that this rank gives the pass up, so that all leave it here."""
-        nothing_E = np.zeros(self._num_experts, dtype=np.int64)
-        self._exchanged(RankNews(layer=layer, gives_up=True), nothing_E, nothing_E)
 
     def rows_leave(self) -> None:
         """Tokens are about to travel."""
@@ -246,9 +237,6 @@ class StepBalance:
     def _exchanged(self, own: RankNews, own_E: Ints, guess_E: Ints) -> StepNews:
         row = torch.from_numpy(told(own, own_E, guess_E)).to(self._group.device)
         news = StepNews.heard(self._group.all_gather(row).cpu().numpy())
-        gives_up_R = news.of("gives_up")
-        if gives_up_R.any():
-            raise PassAbandonedError(f"rank {int(gives_up_R.argmax())} gave the pass up at MoE layer {own.layer}")
         assert (news.of("layer") == own.layer).all(), f"ranks stand at different MoE layers: {news.of('layer')}"
         return news
 

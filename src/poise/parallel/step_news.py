@@ -17,8 +17,8 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankNews:
-    """``layer``: where the rank stands. ``gives_up``: it leaves the pass here. ``plan``: a digest of its plan for this layer, 0
-    without one; ``arrived``: bits, by the plan's replicas for this rank, of those that are here.
+    """``layer``: where the rank stands. ``plan``: a digest of its plan for this layer, 0 without one; ``arrived``: bits, by the
+    plan's replicas for this rank, of those that are here.
 
     ``window_us``: how long its link was free for the next layer's replicas, the last time; ``fetch_kb_s``: how fast they come,
     0 if it is not known. ``in_permille``, ``out_permille``: rows over (token, expert) pairs that travel.
@@ -26,7 +26,6 @@ class RankNews:
     """
 
     layer: int
-    gives_up: bool = False
     plan: int = 0
     arrived: int = 0
     window_us: int = 0

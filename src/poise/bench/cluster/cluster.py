@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Self
@@ -230,13 +231,16 @@ class Cluster:
             running.stderr.close()
 
     def _close(self) -> None:
-        self._stop()
-        while self._groups:
-            self._groups.pop().close()
+        """One group that cannot be removed leaves nothing else open."""
+        network, self._network = self._network, None
+        groups, self._groups = self._groups, []
         self._cores.clear()
-        if self._network is not None:
-            self._network.close()
-            self._network = None
+        with ExitStack() as last_first:
+            if network is not None:
+                last_first.callback(network.close)
+            for group in groups:
+                last_first.callback(group.close)
+            last_first.callback(self._stop)
 
 
 def _free_port() -> int:

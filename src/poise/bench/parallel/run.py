@@ -8,7 +8,6 @@ cores, so that ranks wait for their quota and not for each other. Needs root; a 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
@@ -25,6 +24,7 @@ from poise.bench.parallel.session import Session
 from poise.bench.parallel.tables import tables
 from poise.bench.parts import Parts, say
 from poise.bench.results import document, write_result
+from poise.bench.scratch import Scratch
 
 NAME = "parallel"
 PARTS = ("exact", "unequal", "unequal-random", "cut", "switch", "watching", "scaling", "halves")
@@ -38,8 +38,8 @@ def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), st
     say("Making the models, or finding them")
     widened, random = widened_case(directory), random_case(directory)
     done = Parts(directory, NAME, order=PARTS, wanted=parts)
-    with tempfile.TemporaryDirectory(prefix="poise-bench-") as scratch:
-        done.run(_measures(widened, random, bundled_case(directory), Path(scratch), steps or STEPS))
+    with Scratch() as scratch:
+        done.run(_measures(widened, random, bundled_case(directory), scratch.path, steps or STEPS))
     results = {"parts": done.results()}
     facts = stamp(environment={"OMP_NUM_THREADS": "1"})
     if json_output:

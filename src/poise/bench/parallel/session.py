@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from poise.bench.cluster.cluster import Cluster
 from poise.bench.cluster.layout import ClusterLayout
+from poise.bench.scratch import Scratch
 from poise.errors import PoiseError
 from poise.spec.whole_file import write_whole
 
@@ -58,8 +58,8 @@ class Session:
 
     def __init__(self, layout: ClusterLayout) -> None:
         self.layout = layout
-        self._scratch = tempfile.TemporaryDirectory(prefix="poise-ranks-")
-        self._directory = Path(self._scratch.name)
+        self._scratch = Scratch()
+        self._directory = self._scratch.path
         self._cluster = Cluster(layout)
         self._jobs = 0
         self._has_failed = False
@@ -89,8 +89,10 @@ class Session:
     def _close(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._cluster.__exit__(kind, error, traceback)
-        self._scratch.cleanup()
+        try:
+            self._cluster.__exit__(kind, error, traceback)
+        finally:
+            self._scratch.close()
 
     @property
     def enforced(self) -> tuple[str, ...]:
