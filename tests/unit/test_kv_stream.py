@@ -18,8 +18,9 @@ from poise.errors import ReadError, UsageError
 from poise.model.cache import drop_rows, make_cache, movable_layers
 from poise.model.inspect import build_meta_model
 from poise.model.read_plan import ALIGNMENT
-from poise.offload.kv_stream import CACHE_LINE, KvStream
+from poise.offload.kv_stream import KvStream
 from poise.offload.scratch import Scratch
+from poise.plan.memory import CACHE_LINE
 from poise.plan.schedule import schedule_pass
 from tests.conftest import DrawPrompts, MakeCheckpoint, tiny_config
 

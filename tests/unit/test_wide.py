@@ -86,7 +86,7 @@ def test_an_expert_is_within_a_rounding_of_bf16(pays: bool, transposed: bool, pa
 def test_the_choice_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     wide.widening_pays.cache_clear()
     first = wide.widening_pays()
-    monkeypatch.setattr(wide, "_best_s", lambda run: pytest.fail("measured again"))
+    monkeypatch.setattr(wide, "_best_s", lambda *runs: pytest.fail("measured again"))
     assert wide.widening_pays() is first
     assert experts.is_wide(WIDE_ROWS, BF16, torch.device("cpu")) == first
 

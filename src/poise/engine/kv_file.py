@@ -12,9 +12,10 @@ from poise.engine.batch import Row, final_tokens, in_batches
 from poise.errors import UsageError
 from poise.model.cache import make_cache, movable_layers, needs_equal_rows
 from poise.model.read_plan import ALIGNMENT
-from poise.offload.kv_stream import CACHE_LINE, KvStream
+from poise.offload.kv_stream import KvStream
 from poise.offload.scratch import too_full
 from poise.plan.group import GroupShape
+from poise.plan.memory import CACHE_LINE
 from poise.profile.mounts import in_memory
 
 

@@ -160,7 +160,19 @@ def activation_spec(model: Any, spec: ModelSpec, layout: CheckpointLayout, *, it
         vocabulary=spec.vocabulary,
         itemsize=itemsize,
         materialised_heads=_materialised_heads(model.config),
+        repeated_width=_repeated_width(model.config),
     )
+
+
+def _repeated_width(config: Any) -> int:
+    """Keys and values of all query heads, where several share one: transformers repeats them wherever there is a mask, and a
+    kernel that writes scores out does so always."""
+    text = config.get_text_config()
+    heads, shared = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if not isinstance(heads, int) or shared in (None, heads):
+        return 0
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * heads * int(size)
 
 
 def _materialised_heads(config: Any) -> int:

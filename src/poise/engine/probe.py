@@ -60,6 +60,7 @@ def probe(model: Any, device: torch.device) -> Probed:
         largest_layer_bytes_per_token=max(per_token, default=0),
         state_bytes=max(0, state),
         movable_bytes_per_token=sum(per_token[1 + place] for place in movable),
+        movable_layers=len(movable),
     )
     return Probed(cache=cache, top_k=top_k)
 

@@ -24,13 +24,10 @@ from transformers.cache_utils import DynamicLayer
 
 from poise.model.arena import Arena
 from poise.model.cache import movable_layers
+from poise.model.cache_record import CacheRecord, copy_rows
 from poise.model.read_plan import ALIGNMENT
 from poise.offload.scratch import Job, Scratch, ScratchThread
 from poise.spec.timeline import COMPUTE, Timeline
-
-CACHE_LINE = 64
-_COMPACTED_TOKENS = 64
-"""Records that are cut to fewer rows at once; bounds the copy made on the way."""
 
 
 @dataclass(slots=True)
@@ -40,38 +37,6 @@ class KvCounters:
     bytes_read: int = 0
     bytes_written: int = 0
     late: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """One token of one row: all heads' keys, then all heads' values. ``begin``: the region's place in the file."""
-
-    key_heads: int
-    key_size: int
-    value_heads: int
-    value_size: int
-    dtype: torch.dtype
-    begin: int
-
-    @property
-    def width(self) -> int:
-        return self.key_heads * self.key_size + self.value_heads * self.value_size
-
-    def stride_bytes(self, rows: int) -> int:
-        """From one token to the next: the smallest odd multiple of a cache line that holds ``rows`` records.
-
-        Steps of a power of two meet in the same few lines of the processor's cache: attention took three times as long.
-        """
-        lines = -(-rows * self.width * self.dtype.itemsize // CACHE_LINE)
-        return (lines | 1) * CACHE_LINE
-
-    def keys_BHTD(self, memory_TBW: torch.Tensor) -> torch.Tensor:
-        keys = memory_TBW[..., : self.key_heads * self.key_size]
-        return keys.view(*keys.shape[:2], self.key_heads, self.key_size).permute(1, 2, 0, 3)
-
-    def values_BHTD(self, memory_TBW: torch.Tensor) -> torch.Tensor:
-        values = memory_TBW[..., self.key_heads * self.key_size :]
-        return values.view(*values.shape[:2], self.value_heads, self.value_size).permute(1, 2, 0, 3)
 
 
 class _DiskLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no types
@@ -85,7 +50,9 @@ class _DiskLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no t
         self.final_tokens = final_tokens
         self.tokens = 0
         self.keep: list[int] | None = None
-        self.record: _Record | None = None
+        self.record: CacheRecord | None = None
+        self.begin = 0
+        """Of its region in the file."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -213,7 +180,8 @@ class KvStream:
         assert end <= layer.final_tokens, f"a cache for {layer.final_tokens} tokens was given {end}"
         changed = 0 if layer.keep is not None else layer.tokens * record.stride_bytes(rows)
         if layer.keep is not None:
-            _compact(
+            assert rows <= layer.rows, "a cache gained rows"
+            copy_rows(
                 self._memory(slot, layer.tokens, layer.rows, record),
                 self._memory(slot, layer.tokens, rows, record),
                 layer.keep,
@@ -259,7 +227,7 @@ class KvStream:
         assert layer.record is not None, "a layer without a shape has no region"
         assert self._arena is not None, "there are no slots"
         memory = self._arena.view_of(slot, begin, end - begin)
-        job = Job(layer.scratch, is_write, layer.record.begin + begin, memory, self.timeline)
+        job = Job(layer.scratch, is_write, layer.begin + begin, memory, self.timeline)
         if is_write:
             self.counters.bytes_written += end - begin
         else:
@@ -267,18 +235,15 @@ class KvStream:
         self._slots[slot].job = job
         self._thread.submit(job)
 
-    def _memory(self, slot: int, tokens: int, rows: int, record: _Record) -> torch.Tensor:
+    def _memory(self, slot: int, tokens: int, rows: int, record: CacheRecord) -> torch.Tensor:
         """The first tokens of a slot, shape (T, B, record)."""
         assert self._arena is not None, "there are no slots"
-        flat = self._arena.bytes_of(slot, 0, tokens * record.stride_bytes(rows)).view(record.dtype)
-        return flat.view(tokens, -1)[:, : rows * record.width].view(tokens, rows, record.width)
+        return record.tokens_TBW(self._arena.bytes_of(slot, 0, tokens * record.stride_bytes(rows)), tokens, rows)
 
-    def _make_region(self, layer: _DiskLayer, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor) -> _Record:
+    def _make_region(self, layer: _DiskLayer, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor) -> CacheRecord:
         """Takes the disk's space and, where the slots are too small for it, makes new ones."""
-        (_, key_heads, _, key_size), (_, value_heads, _, value_size) = keys_BHTD.shape, values_BHTD.shape
-        shape = _Record(key_heads, key_size, value_heads, value_size, keys_BHTD.dtype, 0)
-        begin = layer.scratch.grow(layer.final_tokens * shape.stride_bytes(layer.rows))
-        layer.record = _Record(key_heads, key_size, value_heads, value_size, keys_BHTD.dtype, begin)
+        layer.record = record = CacheRecord.of(keys_BHTD, values_BHTD)
+        layer.begin = layer.scratch.grow(layer.final_tokens * record.stride_bytes(layer.rows))
         layer.is_initialized = True
         if self._arena is None or self._arena.slot_bytes < layer.region_bytes():
             for slot in self._slots:
@@ -287,15 +252,7 @@ class KvStream:
             self._slots = (_Slot(), _Slot())
             self._arena = None
             self._arena = Arena(len(self._slots), layer.region_bytes())
-        return layer.record
-
-
-def _compact(memory_TBW: torch.Tensor, kept_TBW: torch.Tensor, keep: Sequence[int]) -> None:
-    """Moves the rows ``keep`` of every record together. Both tensors begin at one place; the kept lie closer."""
-    assert kept_TBW.stride(0) <= memory_TBW.stride(0), "a cache gained rows"
-    for begin in range(0, len(memory_TBW), _COMPACTED_TOKENS):
-        chunk = slice(begin, begin + _COMPACTED_TOKENS)
-        kept_TBW[chunk] = memory_TBW[chunk, list(keep)]
+        return record
 
 
 def _down(nbytes: int) -> int:

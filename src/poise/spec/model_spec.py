@@ -37,14 +37,15 @@ class ModelSpec:
 class CacheSpec:
     """What one sequence's cache takes: ``state_bytes + bytes_per_token * tokens`` (an upper bound where a window slides).
 
-    Recurrent layers count in ``state_bytes`` only. ``movable_bytes_per_token``: those of layers whose keys and values can
-    leave memory while other batches compute.
+    Recurrent layers count in ``state_bytes`` only. ``movable_bytes_per_token``: those of the ``movable_layers`` whose keys and
+    values can leave memory while other batches compute.
     """
 
     bytes_per_token: int
     largest_layer_bytes_per_token: int
     state_bytes: int
     movable_bytes_per_token: int = 0
+    movable_layers: int = 0
 
     def sequence_bytes(self, tokens: int) -> int:
         """Cache bytes of one sequence of ``tokens`` tokens."""
@@ -52,6 +53,5 @@ class CacheSpec:
 
     def on_disk(self) -> CacheSpec:
         """What is left in memory when all that can leave it has left; two batches' share of a layer is not counted."""
-        return replace(
-            self, bytes_per_token=self.bytes_per_token - self.movable_bytes_per_token, movable_bytes_per_token=0
-        )
+        left = self.bytes_per_token - self.movable_bytes_per_token
+        return replace(self, bytes_per_token=left, movable_bytes_per_token=0, movable_layers=0)
