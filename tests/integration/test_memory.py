@@ -80,8 +80,8 @@ attention in which 16 query heads share keys."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """``jobs``: calls of ``generate`` on one LLM, each (prompts, tokens of each, new tokens of each). ``budget_bytes`` None: the
-    smallest that a refusal names for the first of them."""
+    """``jobs``: calls of ``generate`` on one LLM, each (prompts, tokens of each, new tokens of each). ``budget_bytes`` None:
+    the smallest that a refusal names for the first of them."""
 
     model: str
     budget_bytes: int | None
@@ -189,12 +189,10 @@ def smallest_budget(path: str, case: dict[str, Any]) -> int:
     """What the refusal of a budget that is far too small names."""
     prompts, tokens, new_tokens = case["jobs"][0]
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    try:
+    with pytest.raises(BudgetError) as refused:
         LLM(path, memory="1MiB", expected=[({"prompt_token_ids": [3] * tokens}, params)] * prompts, **case["options"])
-    except BudgetError as error:
-        assert error.smallest_bytes is not None
-        return error.smallest_bytes
-    raise AssertionError("a megabyte was enough")
+    assert refused.value.smallest_bytes is not None
+    return refused.value.smallest_bytes
 
 
 def main() -> None:
