@@ -51,7 +51,11 @@ MachineFile = Annotated[
 ]
 TimelineFile = Annotated[
     Path | None,
-    typer.Option("--timeline", metavar="FILE", help="Write what ran when, as a Chrome trace, which Perfetto opens."),
+    typer.Option(
+        "--timeline",
+        metavar="FILE",
+        help="Write what ran when, as a Chrome trace, which Perfetto opens; without ranks also of a run that is interrupted.",
+    ),
 ]
 Quantize = Annotated[
     str,

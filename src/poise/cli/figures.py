@@ -33,11 +33,11 @@ def say_header(model: Mapping[str, object]) -> None:
     say(", ".join(facts))
 
 
-def taken(llm: LLM | ParallelLLM) -> dict[str, Any]:
-    """What the run took, for the summary and --json."""
+def taken(llm: LLM | ParallelLLM, progress: Progress | None = None) -> dict[str, Any]:
+    """What the run took, for the summary and --json; ``progress``: how far it came, None: to its end."""
     from poise.engine.llm import LLM
 
-    progress = llm.last_progress
+    progress = progress or llm.last_progress
     assert progress is not None, "the engine has generated"
     memory = {"base_bytes": llm.base_bytes, "budget_bytes": llm.budget_bytes, "peak_bytes": llm.peak_bytes}
     ranks = {} if isinstance(llm, LLM) else {"parallel": _of_ranks(llm)}
@@ -79,9 +79,14 @@ def plan_line(plan: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
         f"plan: {plan['num_batches']} x {plan['batch_size']} rows (n x bs), {plan['prefetch_experts']} experts read ahead "
         f"(K), {plan['expert_slots']} of {plan['experts']} experts in memory, keys and values "
         f"{'on disk' if plan['kv_on_disk'] else 'in memory'}{streamed}; bottleneck: {plan['bottleneck']}; "
-        f"{stats['generated_tokens_per_s']:.3g} tokens/s measured, {plan['predicted_tokens_per_s']:.3g} predicted "
-        f"({plan['bound_frac']:.0%} of what perfect overlap would give)"
+        f"{_rate(stats['generated_tokens_per_s'])} tokens/s measured, {_rate(plan['predicted_tokens_per_s'])} predicted "
+        f"({plan['bound_frac']:.0%} of what perfect overlap would give; costs {plan['costs']})"
     )
+
+
+def _rate(tokens_per_s: float) -> str:
+    """Three digits that count, without an exponent."""
+    return f"{float(f'{tokens_per_s:.3g}'):,g}"
 
 
 def summary(stats: Mapping[str, Any]) -> Iterator[str]:

@@ -114,6 +114,7 @@ def run_generate(options: GenerateOptions) -> None:
             "" if done.is_same_run else "; the file does not say of which model and sampling: compared were the prompts"
         )
         say(f"all done: the {len(done.lines)} results are in {options.output}{unknown}")
+        _say_that_nothing_ran(options)
         if options.json_output:
             _print_json(done.lines, None, None)
         return
@@ -179,27 +180,15 @@ def _generate(
 
             view.bar.show(f"loading {options.model}", done=len(finished), now_s=0.0)
             asked = [(requests[index].for_engine(), requests[index].sampling) for index in pending]
-            sampling = [sampling for _, sampling in asked]
             with _open(options, asked, view) if launch is None else _open_ranks(options, launch, view) as llm:
                 view.bar.clear()
                 say_header(llm.describe())
-                timeline = Timeline() if options.timeline is not None and launch is None else None
                 if isinstance(llm, LLM):
-                    try:
-                        llm.generate(
-                            [prompt for prompt, _ in asked],
-                            sampling,
-                            on_text=view.on_text if view.streams else None,
-                            on_result=view.on_result,
-                            on_progress=view.on_progress,
-                            timeline=timeline,
-                        )
-                    finally:
-                        _save_table(options, llm, view)
+                    _run_here(llm, options, asked, view)
                 else:
                     llm.generate(
                         [prompt for prompt, _ in asked],
-                        sampling,
+                        [sampling for _, sampling in asked],
                         on_result=view.on_result,
                         on_progress=view.on_progress,
                         with_timelines=options.timeline is not None,
@@ -214,8 +203,8 @@ def _generate(
             view.end()
         for line in (*summary(stats), *closing):
             say(line)
-        if timeline is not None and options.timeline is not None:
-            _write_timeline(options.timeline, timeline, stats)
+    else:
+        _say_that_nothing_ran(options)
     if options.json_output:
         _print_json(list(file.lines()) if file is not None else view.held(), stats, plan)
 
@@ -254,10 +243,35 @@ def _open_ranks(options: GenerateOptions, launch: Launch, view: _View | None) ->
     )
 
 
-def _save_table(options: GenerateOptions, llm: LLM, view: _View) -> None:
+def _run_here(llm: LLM, options: GenerateOptions, asked: Sequence[tuple[Prompt, SamplingParams]], view: _View) -> None:
+    """Generates in this process. Correlation table and timeline are written however that ends."""
+    timeline = Timeline() if options.timeline is not None else None
+    try:
+        llm.generate(
+            [prompt for prompt, _ in asked],
+            [sampling for _, sampling in asked],
+            on_text=view.on_text if view.streams else None,
+            on_result=view.on_result,
+            on_progress=view.on_progress,
+            timeline=timeline,
+        )
+    finally:
+        view.end()
+        _save_table(options, llm)
+        if options.timeline is not None and timeline is not None and timeline.spans:
+            stats = {} if view.progress is None else taken(llm, view.progress)
+            _write_timeline(options.timeline, timeline, stats)
+
+
+def _say_that_nothing_ran(options: GenerateOptions) -> None:
+    for flag, path in (("--timeline", options.timeline), ("--save-table", options.save_table)):
+        if path is not None:
+            say(f"{flag}: nothing was left to run, so {path} is not written")
+
+
+def _save_table(options: GenerateOptions, llm: LLM) -> None:
     """As far as it has learnt, also when the run was interrupted."""
     if options.save_table is not None and llm.save_table(options.save_table):
-        view.bar.clear()
         say(f"correlation table in {options.save_table}")
 
 
@@ -293,6 +307,7 @@ class _View:
         self.streams = prints and len(requests) == 1
         self.streams_experts = True
         self.bar = Bar(len(requests)) if sys.stderr.isatty() else PlainLines()
+        self.progress: Progress | None = None
         self._line_by_index: dict[int, dict[str, Any]] = {}
         self._began_s = time.monotonic()
         self._printed = 0  # results
@@ -305,6 +320,7 @@ class _View:
         sys.stdout.flush()
 
     def on_progress(self, progress: Progress) -> None:
+        self.progress = progress
         if not self._streamed:
             done = len(self.requests) - len(self.pending) + progress.finished
             message = f"{done}/{len(self.requests)} prompts, {rates(measured(progress, streams=self.streams_experts))}"
@@ -339,10 +355,11 @@ class _View:
         return [self._line_by_index[index] for index in sorted(self._line_by_index)]
 
     def end(self) -> None:
-        """Takes the bar off the screen and ends the last line of streamed text."""
+        """Takes the bar off the screen and ends the last line of streamed text. Safe to call twice."""
         self.bar.clear()
         if self._streamed and not self._streamed.endswith("\n"):
             print(flush=True)
+        self._streamed = ""
 
 
 def _excerpt(line: Mapping[str, Any]) -> str:
