@@ -135,6 +135,7 @@ def test_the_tables_show_group_tiers_inequalities_and_ranking(capsys: pytest.Cap
     ("changes", "said"),
     [
         ({"num_requests": 0}, "--num-requests is 0; it must be at least 1"),
+        ({"num_requests": 100_001}, "--num-requests is 100001; it may be at most 100,000"),
         ({"prompt_tokens": 100_000}, "longer than the model's context"),
         ({"prompt_file": "x.jsonl"}, "leave out --num-requests"),
         ({"correlation_table": Path("a"), "trace": Path("b")}, "give one of them"),

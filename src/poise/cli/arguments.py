@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a Hugging Face checkpoint (safetensors).")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face checkpoint (safetensors): its directory, or its id on the hub."
+    ),
+]
 Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue.")]
 PromptFile = Annotated[
     str | None,

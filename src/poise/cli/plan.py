@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from poise.plan.workload import Workload
 
 
+MOST_REQUESTS = 100_000
+"""Each is looked at by itself: twice as many would take twice the seconds."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
     """The options of the command, as typed. Of ``sampling`` only the number of tokens matters."""
@@ -51,6 +55,10 @@ class PlanOptions:
         for name, value in (("--num-requests", self.num_requests), ("--prompt-tokens", self.prompt_tokens)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
+        if self.num_requests is not None and self.num_requests > MOST_REQUESTS:
+            raise UsageError(
+                f"--num-requests is {self.num_requests}; it may be at most {MOST_REQUESTS:,}: more run in waves like these"
+            )
         if self.correlation_table is not None and self.trace is not None:
             raise UsageError("--correlation-table and --trace both say where tokens go; give one of them")
         if self.quantize not in QUANTIZATIONS:

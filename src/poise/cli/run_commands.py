@@ -121,7 +121,10 @@ def plan(
     model: Model,
     prompt_file: PromptFile = None,
     num_requests: Annotated[
-        int | None, typer.Option(metavar="N", help="Without --prompts: how many requests to plan for; 32 if not given.")
+        int | None,
+        typer.Option(
+            metavar="N", help="Without --prompts: how many requests to plan for, at most 100,000; 32 if not given."
+        ),
     ] = None,
     prompt_tokens: Annotated[
         int | None, typer.Option(metavar="P", help="Without --prompts: tokens of each prompt; 64 if not given.")
