@@ -212,22 +212,15 @@ def draw_up(
     base_bytes = resident_bytes()
     reset_peak()
     int4 = None
-    if options.quantize == "int4":
-        if makes_store:
-            layout, int4 = experts_in_4_bits(
-                checkpoint, layout, meta, modules, budget_bytes=budget_bytes, on_made=on_made, waits=waits
-            )
-        else:
-            layout = layout_in_4_bits(checkpoint, layout, meta, modules)
+    if options.quantize == "int4" and makes_store:
+        layout, int4 = experts_in_4_bits(
+            checkpoint, layout, meta, modules, budget_bytes=budget_bytes, on_made=on_made, waits=waits
+        )
+    elif options.quantize == "int4":
+        layout = layout_in_4_bits(checkpoint, layout, meta, modules)
     elif options.expert_slots is None:
         layout = unpacked_if_it_fits(layout, budget_bytes - dense_nbytes(meta) - OVERHEAD_BYTES)
-    use = options.lookahead
-    sites = () if use is None else find_sites(meta, modules)
-    scratch_bytes = _scratch_bytes(layout) + (0 if use is None else lookahead_bytes(use, sites, modules))
-    kept = kept_weights(meta, sites)
-    dense = find_dense_layers(meta, modules, layout, dtype.dtype, dense_layers=options.dense_layers, kept=kept)
-    probed = probe_ahead(meta)
-    spec = model_spec(meta, layout, probed.top_k, dtype.dtype)
+    sites, dense, pipeline = _planned_with(meta, modules, layout, options, dtype.dtype)
     return Blueprint(
         options=options,
         checkpoint=checkpoint,
@@ -243,20 +236,34 @@ def draw_up(
         budget_bytes=budget_bytes,
         base_bytes=base_bytes,
         dense=dense,
-        pipeline=PipelineModel(
-            spec=spec,
-            cache=probed.cache,
-            activation=activation_spec(meta, spec, layout, itemsize=dtype.dtype.itemsize),
-            dense=dense.ways,
-            slot_bytes=slot_bytes_for(layout.experts_LE),
-            scratch_bytes=scratch_bytes,
-            whole_prompts=needs_whole_prompts(meta),
-            max_slots=options.expert_slots,
-            may_move_cache=_may_move_cache(options, probed),
-        ),
-        costs=layer_costs(machine, meta, modules, dtype.dtype, spec, int4=options.quantize == "int4"),
-        routing=routing_of(checkpoint, spec, table=table, trace=options.trace),
+        pipeline=pipeline,
+        costs=layer_costs(machine, meta, modules, dtype.dtype, pipeline.spec, int4=options.quantize == "int4"),
+        routing=routing_of(checkpoint, pipeline.spec, table=table, trace=options.trace),
     )
+
+
+def _planned_with(
+    model: Any, modules: Sequence[ExpertsModule], layout: CheckpointLayout, options: Options, dtype: torch.dtype
+) -> tuple[tuple[RouterSite | None, ...], DenseLayers, PipelineModel]:
+    """Routers that are asked ahead, the dense weights' places, and the model in numbers, as far as shapes tell."""
+    use = options.lookahead
+    sites = () if use is None else find_sites(model, modules)
+    kept = kept_weights(model, sites)
+    dense = find_dense_layers(model, modules, layout, dtype, dense_layers=options.dense_layers, kept=kept)
+    probed = probe_ahead(model)
+    spec = model_spec(model, layout, probed.top_k, dtype)
+    pipeline = PipelineModel(
+        spec=spec,
+        cache=probed.cache,
+        activation=activation_spec(model, spec, layout, itemsize=dtype.itemsize),
+        dense=dense.ways,
+        slot_bytes=slot_bytes_for(layout.experts_LE),
+        scratch_bytes=_scratch_bytes(layout) + (0 if use is None else lookahead_bytes(use, sites, modules)),
+        whole_prompts=needs_whole_prompts(model),
+        max_slots=options.expert_slots,
+        may_move_cache=_may_move_cache(options, probed),
+    )
+    return sites, dense, pipeline
 
 
 def _dtype(checkpoint: Checkpoint, options: Options) -> DtypeChoice:

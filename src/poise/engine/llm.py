@@ -209,22 +209,12 @@ class LLM:
             return []
         store = self._open()
         self._plan = plan = self._plan_for(rows)
-        self._use_kv(plan, rows)
-        give_back_freed_memory()
-        self._use_dense(plan)
-        store.resize(plan.num_slots)
-        ahead = self._policy.ahead or plan.prefetch_experts
-        self._runner.policy = replace(self._policy, ahead=ahead)
+        self._follow(plan, rows)
         store.timeline = timeline
-        self._listen(streams=plan.num_slots < sum(self.spec.experts_L))
         results: dict[int, RequestOutput] = {}
 
         def finished(row: Row) -> None:
-            prompt = listed[row.index]
-            text = prompt if isinstance(prompt, str) else None
-            results[row.index] = result = RequestOutput(
-                index=row.index, prompt=text, prompt_token_ids=row.prompt_ids, outputs=(row.completion(),)
-            )
+            results[row.index] = result = _output(row, listed[row.index])
             if on_result is not None:
                 on_result(result)
 
@@ -319,6 +309,17 @@ class LLM:
             return best
         return best if worth_changing(kept, best, disk_bytes_per_s=drawn.costs.layers.disk_bytes_per_s) else kept
 
+    def _follow(self, plan: PipelinePlan, rows: Sequence[Row]) -> None:
+        """Has everything lie and run as planned."""
+        store = self._open()
+        self._use_kv(plan, rows)
+        give_back_freed_memory()
+        self._use_dense(plan)
+        store.resize(plan.num_slots)
+        ahead = self._policy.ahead or plan.prefetch_experts
+        self._runner.policy = replace(self._policy, ahead=ahead)
+        self._listen(streams=plan.num_slots < sum(self.spec.experts_L))
+
     def _use_dense(self, plan: PipelinePlan) -> None:
         """Has the dense weights as planned; slots that experts lose by it go first. Closes the LLM on an error."""
         dense, store = self._loaded(), self._open()
@@ -342,6 +343,11 @@ class LLM:
             each = self._blueprint.pipeline.cache.movable_bytes_per_token
             needed = kv_file_bytes(self._blueprint.model, rows, plan.group, bytes_per_token=each)
             refuse_if_disk_is_full(kv, needed)
+
+
+def _output(row: Row, prompt: Prompt) -> RequestOutput:
+    text = prompt if isinstance(prompt, str) else None
+    return RequestOutput(index=row.index, prompt=text, prompt_token_ids=row.prompt_ids, outputs=(row.completion(),))
 
 
 def _open_store(drawn: Blueprint) -> ExpertStore:

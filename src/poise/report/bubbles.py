@@ -99,12 +99,12 @@ def _own_times(spans: Iterable[Span], begin: int, end: int) -> Iterator[tuple[st
 
 
 def _named_gaps(busy: Sequence[Interval], reasons: Sequence[Span], begin: int, end: int) -> Iterator[tuple[str, int]]:
-    """The time between busy intervals under the names of the spans that lie there; what nobody named is between reads."""
+    """The time between busy intervals under the names of the spans that lie there; what nobody named is between reads.
+
+    What a reader thread makes of the bytes counts where nobody says why nothing is read.
+    """
     taken = list(busy)
-    for is_idle in (
-        True,
-        False,
-    ):  # what a reader thread makes of the bytes counts where nobody says why nothing is read
+    for is_idle in (True, False):
         chosen = [span for span in reasons if span.name.startswith(IDLE) == is_idle]
         free = _gaps(taken, begin, end)
         for span, (first, last) in _overlaps(sorted(chosen, key=lambda span: span.begin_ns), free):

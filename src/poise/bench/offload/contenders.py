@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -127,31 +127,11 @@ class Contenders:
         if child.timed_out:
             return f"stopped after {TIMEOUT_S:.0f} s"
         report = answer_of(child, "Accelerate")
-        measured = report["generated_tokens"] // sequences - 1
-        if measured < 1:
+        outcome = _accelerate_outcome(report, sequences, prompt_tokens, new_tokens, child.peak_bytes)
+        if outcome is None:
             return f"no decode step within {max_s:.0f} s; its prefill took {report['prefill_s']:.0f} s"
-        step_s = report["decode_s"] / measured
-        read_bytes = report["decode_read_bytes"]
-        return Outcome(
-            name="Accelerate",
-            sequences=sequences,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            total_s=report["prefill_s"] + step_s * (new_tokens - 1),
-            prefill_s=report["prefill_s"],
-            step_s=step_s,
-            extrapolated_steps=new_tokens - 1 - measured,
-            read_bytes=report["read_bytes"],
-            step_bytes=None if read_bytes is None else read_bytes / measured,
-            peak_bytes=child.peak_bytes,
-            detail={
-                "weights_bytes": weights_bytes,
-                "read_ahead_kib": self._read_ahead(read_ahead_kib),
-                "load_s": report["load_s"],
-                "modules_on_disk": report["modules_on_disk"],
-                "peak_rss_bytes": report["peak_bytes"],
-            },
-        )
+        given = {"weights_bytes": weights_bytes, "read_ahead_kib": self._read_ahead(read_ahead_kib)}
+        return replace(outcome, detail={**given, **outcome.detail})
 
     def llama(
         self,
@@ -220,6 +200,35 @@ class Contenders:
 
     def _read_ahead(self, kib: int | None) -> int | None:
         return kib if kib is not None else current_read_ahead_kib(self.directory)
+
+
+def _accelerate_outcome(
+    report: dict[str, Any], sequences: int, prompt_tokens: int, new_tokens: int, peak_bytes: int | None
+) -> Outcome | None:
+    """None: not one decode step was run."""
+    measured = report["generated_tokens"] // sequences - 1
+    if measured < 1:
+        return None
+    step_s = report["decode_s"] / measured
+    read_bytes = report["decode_read_bytes"]
+    return Outcome(
+        name="Accelerate",
+        sequences=sequences,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        total_s=report["prefill_s"] + step_s * (new_tokens - 1),
+        prefill_s=report["prefill_s"],
+        step_s=step_s,
+        extrapolated_steps=new_tokens - 1 - measured,
+        read_bytes=report["read_bytes"],
+        step_bytes=None if read_bytes is None else read_bytes / measured,
+        peak_bytes=peak_bytes,
+        detail={
+            "load_s": report["load_s"],
+            "modules_on_disk": report["modules_on_disk"],
+            "peak_rss_bytes": report["peak_bytes"],
+        },
+    )
 
 
 def llama_model(directory: Path) -> Path:

@@ -30,39 +30,33 @@ class _Enough(Exception):  # noqa: N818 - it is no error
     """As many decode steps as were asked for have run."""
 
 
+class _Watch:
+    """Notes every pass, and ends the run behind ``steps`` decode steps, None: never."""
+
+    def __init__(self, sequences: int, steps: int | None) -> None:
+        self.seen: list[tuple[int, Progress]] = []
+        self._sequences, self._steps = sequences, steps
+        self._full = 0
+
+    def __call__(self, progress: Progress) -> None:
+        before = self.seen[-1][1].generated_tokens if self.seen else 0
+        self.seen.append((time.perf_counter_ns(), progress))
+        self._full += progress.generated_tokens - before == self._sequences
+        if self._steps is not None and self._full > self._steps:
+            raise _Enough
+
+
 def main() -> None:
     """Runs the job."""
     job: dict[str, Any] = json.loads(sys.argv[1])
     prompts = [json.loads(line) for line in Path(job["prompts"]).read_text().splitlines()]
-    policy = Policy(**{key: job[key] for key in ("read_ahead", "order", "ahead") if key in job})
-    groups = job.get("groups")
+    watch, timeline = _Watch(len(prompts), job.get("decode_steps")), Timeline()
     start_s = time.perf_counter()
-    with LLM(
-        job["model"],
-        memory=job["memory"],
-        policy=policy,
-        quantize=job.get("quantize", "none"),
-        groups=[(size, n) for size, n in groups] if groups else None,
-        kv_on_disk=job.get("kv_on_disk"),
-        dense_layers=job.get("dense_layers"),
-    ) as llm:
+    with _open(job) as llm:
         load_s = time.perf_counter() - start_s
-        timeline = Timeline()
-        seen: list[tuple[int, Progress]] = []
-        steps = job.get("decode_steps")
-        full = 0
         recorder = Recorder(llm.spec)
         if job.get("routing"):
             llm.runner.listen(recorder)
-
-        def on_progress(progress: Progress) -> None:
-            nonlocal full
-            before = seen[-1][1].generated_tokens if seen else 0
-            seen.append((time.perf_counter_ns(), progress))
-            full += progress.generated_tokens - before == len(prompts)
-            if steps is not None and full > steps:
-                raise _Enough
-
         # Sampled, each prompt with its own seed: a random model that decodes greedily repeats itself.
         params = [
             SamplingParams(max_tokens=job["new_tokens"], temperature=1.0, seed=index, ignore_eos=True)
@@ -70,32 +64,42 @@ def main() -> None:
         ]
         begin_ns = time.perf_counter_ns()
         with contextlib.suppress(_Enough):
-            llm.generate(prompts, params, on_progress=on_progress, timeline=timeline)
-        plan = llm.describe()
-        peak = llm.peak_bytes
-    last = seen[-1][1]
+            llm.generate(prompts, params, on_progress=watch, timeline=timeline)
+        asked = {"load_s": load_s, "new_tokens": job["new_tokens"]}
+        taken = {"peak_rss_bytes": llm.peak_bytes, "plan": llm.describe()}
     if job.get("routing"):
         recorder.trace(Path(job["model"]).name).save(Path(job["routing"]))
     if job.get("timeline"):
-        write_chrome_trace(Path(job["timeline"]), chrome_trace(timeline.spans, asdict(last)))
-    print(
-        json.dumps(
-            {
-                "load_s": load_s,
-                "elapsed_s": (seen[-1][0] - begin_ns) / 1e9,
-                "prefill_s": next(((ns - begin_ns) / 1e9 for ns, each in seen if each.generated_tokens), None),
-                "new_tokens": job["new_tokens"],
-                "generated_tokens": last.generated_tokens,
-                "bytes_read": last.bytes_read,
-                "prefill_ahead": last.prefill_ahead.as_json(),
-                "decode_ahead": last.decode_ahead.as_json(),
-                "peak_rss_bytes": peak,
-                "passes": _passes(begin_ns, seen, timeline.spans),
-                "shares": asdict(time_shares(timeline.spans)),
-                "plan": plan,
-            }
-        )
+        write_chrome_trace(Path(job["timeline"]), chrome_trace(timeline.spans, asdict(watch.seen[-1][1])))
+    print(json.dumps(asked | _figures(begin_ns, watch.seen, timeline.spans) | taken))
+
+
+def _open(job: dict[str, Any]) -> LLM:
+    groups = job.get("groups")
+    return LLM(
+        job["model"],
+        memory=job["memory"],
+        policy=Policy(**{key: job[key] for key in ("read_ahead", "order", "ahead") if key in job}),
+        quantize=job.get("quantize", "none"),
+        groups=[(size, n) for size, n in groups] if groups else None,
+        kv_on_disk=job.get("kv_on_disk"),
+        dense_layers=job.get("dense_layers"),
     )
+
+
+def _figures(begin_ns: int, seen: list[tuple[int, Progress]], spans: list[Span]) -> dict[str, Any]:
+    """Of the run and of every pass."""
+    end_ns, last = seen[-1]
+    return {
+        "elapsed_s": (end_ns - begin_ns) / 1e9,
+        "prefill_s": next(((ns - begin_ns) / 1e9 for ns, each in seen if each.generated_tokens), None),
+        "generated_tokens": last.generated_tokens,
+        "bytes_read": last.bytes_read,
+        "prefill_ahead": last.prefill_ahead.as_json(),
+        "decode_ahead": last.decode_ahead.as_json(),
+        "passes": _passes(begin_ns, seen, spans),
+        "shares": asdict(time_shares(spans)),
+    }
 
 
 def _passes(begin_ns: int, seen: list[tuple[int, Progress]], spans: list[Span]) -> list[dict[str, Any]]:
