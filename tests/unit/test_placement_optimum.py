@@ -103,6 +103,6 @@ def test_equal_ranks_share_copies_only_where_no_placement_without_is_as_fast(
     costs = RankCosts.of_curves([STRAIGHT] * ranks)
     plan = plan_for(load_LE, costs, slots)
     shares_L = shared_copies_L(plan.slot_to_expert_LS, ranks) > 0
-    apart_s = [brute_force_s(load_E, costs, slots, apart=True) for load_E in load_LE[shares_L]]
-    assert shares_L.sum() < 10
-    assert np.count_nonzero(apart_s <= plan.predicted_s_L[shares_L]) <= 2, "the search misses few that are as fast"
+    apart_s = np.array([brute_force_s(load_E, costs, slots, apart=True) for load_E in load_LE[shares_L]])
+    assert shares_L.sum() < 20
+    assert (apart_s > plan.predicted_s_L[shares_L]).all(), "the search misses none that is as fast"

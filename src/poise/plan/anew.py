@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from poise.plan.apart import take_apart
+from poise.plan.apart import search_apart, take_apart
 from poise.plan.cost_table import cost_table
 from poise.plan.eplb import balance_tokens
 from poise.plan.expert_loads import Floats, Ints, rank_loads
 from poise.plan.groups import nodes_of_experts
-from poise.plan.layer_state import CostTable
+from poise.plan.layer_state import CostTable, Limits
 from poise.plan.packing import place_layers
 from poise.plan.placement_request import PlacementRequest
 from poise.plan.rank_costs import RankCosts
 
 ENOUGH_FRAC = 5e-4
 """A layer this close to the bound is not improved further."""
-SHARED_FRAC = 5e-4
-"""A layer may be so much slower than the token balancer's whose copies share a rank, and keep them apart."""
+ROUNDING_FRAC = 1e-12
+"""Times this close to each other are the same."""
 MOST_CHANGES = 200
 
 
@@ -33,8 +33,8 @@ def place_anew(
 ) -> Ints:
     """slot_to_expert_OS, for all layers where ``layers_O`` is None. ``load_LE``: tokens in one step.
 
-    Where all ranks are alike, no layer is slower than the token balancer's; but for ``SHARED_FRAC`` where copies of an expert
-    share a rank there.
+    Where all ranks are alike, no layer is slower than the token balancer's. Copies of an expert share a rank only where they do
+    in the token balancer's and no placement without was found that is as fast.
     """
     node_LE, table = _nodes(request, load_LE, costs), table_for(load_LE, costs, request)
     if layers_O is not None:
@@ -67,7 +67,7 @@ def shared_copies_L(slot_to_expert_LS: Ints, num_ranks: int, most_alike: int = 1
 def _take_better_of_balanced(
     chosen_LS: Ints, request: PlacementRequest, load_LE: Floats, costs: RankCosts, table: CostTable
 ) -> None:
-    """Replaces layers that the token balancer places better; its copies that share a rank are taken apart first."""
+    """Replaces layers that the token balancer places better; first by its own with copies taken apart, if that is as fast."""
     balanced_LS = balance_tokens(
         load_LE,
         num_slots=request.num_slots,
@@ -81,15 +81,27 @@ def _take_better_of_balanced(
     shares_L = shared_copies_L(balanced_LS, request.num_ranks, request.limits.most_alike) > 0
     behind_L = np.flatnonzero((balanced_L < chosen_L) & shares_L)
     if len(behind_L):
-        apart_LS = take_apart(
-            load_LE[behind_L], balanced_LS[behind_L], table, request.limits, balanced_L[behind_L], MOST_CHANGES
+        apart_LS, apart_L = _as_fast_apart(
+            load_LE[behind_L], balanced_LS[behind_L], balanced_L[behind_L], costs, table, request.limits
         )
-        apart_L = predict_s_LR(load_LE[behind_L], apart_LS, costs).max(axis=1)
         better_L = apart_L < chosen_L[behind_L]
         chosen_LS[behind_L[better_L]] = apart_LS[better_L]
         chosen_L[behind_L[better_L]] = apart_L[better_L]
-    taken_L = balanced_L * np.where(shares_L, 1.0 + SHARED_FRAC, 1.0) < chosen_L
+    taken_L = balanced_L * (1.0 + ROUNDING_FRAC) < chosen_L
     chosen_LS[taken_L] = balanced_LS[taken_L]
+
+
+def _as_fast_apart(
+    load_LE: Floats, balanced_LS: Ints, balanced_L: Floats, costs: RankCosts, table: CostTable, limits: Limits
+) -> tuple[Ints, Floats]:
+    """(placements without shared copies, as fast as the balanced ones or as near as was found; seconds of each layer)."""
+    apart_LS, target_L = take_apart(load_LE, balanced_LS, table, limits, MOST_CHANGES)
+    apart_L = predict_s_LR(load_LE, apart_LS, costs).max(axis=1)
+    slower_L = np.flatnonzero(apart_L > balanced_L * (1.0 + ROUNDING_FRAC))
+    if len(slower_L):
+        search_apart(load_LE, apart_LS, table, limits, target_L, slower_L)
+        apart_L = predict_s_LR(load_LE, apart_LS, costs).max(axis=1)
+    return apart_LS, apart_L
 
 
 def _nodes(request: PlacementRequest, load_LE: Floats, costs: RankCosts) -> Ints:

@@ -12,17 +12,19 @@ from poise.plan.compiled import compiled
 from poise.plan.expert_loads import Floats, Ints
 from poise.plan.layer_state import CostTable, Layer, Limits, placed_layer
 
-EVEN_FRAC = 5e-4
-"""Ranks that finish within this of each other are even enough."""
 PATIENCE = 16
 """Changes of a repair that may gain too little for their moves before it is given up, or as many as there are ranks: one
 change relieves one rank, and time falls when all slow ones are relieved."""
 
 
 @compiled
-def improve_layer(layer: Layer, table: CostTable, limits: Limits, target_s: float, most_changes: int) -> int:
+def improve_layer(
+    layer: Layer, table: CostTable, limits: Limits, target_s: float, most_changes: int, even_frac: float
+) -> int:
     """Changes until the layer is at ``target_s``, or none helps (much), or there were ``most_changes``; returns how many.
 
+    ``even_frac``: ranks that finish within this of each other are even enough, and several changes together that gain less are
+    not worth it; at 0 it ends only where no change helps.
     Swaps first: they disturb two ranks only. A copy is replaced where no swap helps.
     """
     throughput = (1.0 / table.slowness_R).sum()
@@ -30,14 +32,14 @@ def improve_layer(layer: Layer, table: CostTable, limits: Limits, target_s: floa
     for count in range(most_changes):
         worst_s = layer.seconds_R.max()
         if count % patience == 0:
-            if worst_s > earlier_s * (1.0 - EVEN_FRAC):
+            if worst_s > earlier_s * (1.0 - even_frac):
                 return count
             earlier_s = worst_s
         even_s = 0.0
         for rank in range(len(layer.seconds_R)):
             even_s += layer.seconds_R[rank] / table.slowness_R[rank]
         even_s /= throughput
-        if worst_s <= max(target_s, even_s * (1.0 + EVEN_FRAC)):
+        if worst_s <= max(target_s, even_s * (1.0 + even_frac)):
             return count
         change = best_swap(layer, table, limits)
         if change.slot < 0:

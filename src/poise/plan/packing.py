@@ -12,6 +12,8 @@ from poise.plan.expert_loads import Floats, Ints
 from poise.plan.improve import improve_layer
 from poise.plan.layer_state import CostTable, Layer, Limits, active_of, append, empty_layer, rank_s
 
+EVEN_FRAC = 5e-4
+"""Ranks that finish within this of each other are even enough."""
 WORTH_FRAC = 3e-3
 """A layer this close to its target is not packed anew."""
 HEAVIEST_FRACS = (1e9, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -120,7 +122,7 @@ def place_layers(
         load_E, node_E = load_LE[index], node_LE[index]
         hot_E = copies_of_hot(load_E, node_E, num_slots, num_nodes, most)
         layer = _packed(load_E, node_E, hot_E.copy(), table, limits)
-        improve_layer(layer, table, limits, target_L[index], most_changes)
+        improve_layer(layer, table, limits, target_L[index], most_changes, EVEN_FRAC)
         if layer.seconds_R.max() > target_L[index] * (1.0 + WORTH_FRAC):
             layer = _other_copies(layer, hot_E, table, limits, target_L[index], most_changes)
         chosen_LS[index] = layer.slot_S
@@ -153,7 +155,7 @@ def _other_copies(
         if best.seconds_R.max() <= target_s:
             break
         other = starts[index]
-        improve_layer(other, table, limits, target_s, most_changes)
+        improve_layer(other, table, limits, target_s, most_changes, EVEN_FRAC)
         if other.seconds_R.max() < best.seconds_R.max():
             best = other
     return best
