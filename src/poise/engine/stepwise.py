@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,12 @@ from poise.parallel.step_options import StepOptions
 from poise.parallel.step_planner import Links, StepPlanner
 from poise.parallel.step_windows import Windows
 from poise.plan.rank_costs import RankCosts
+from poise.units import KIB, MIB
+
+CHUNK_S = 2e-3
+LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = 64 * KIB, 2 * MIB
+TRIED_BYTES, TRIALS = 2 * MIB, 4
+"""Of a message, to try links out with: more than a link lets through at once after a pause."""
 
 
 def stepwise(
@@ -40,7 +47,8 @@ def stepwise(
     placement, sources_LE = migration.placement, drawn.layout.experts_LE
     layers, num_experts = len(placement.layers), placement.num_experts
     forecast = forecast_of(options, drawn, rank=group.rank, num_layers=layers, num_experts=num_experts)
-    links_R = _rates(group, experts.slot_bytes / migration.move_s)
+    links_R = _link_rates(group)
+    chunk_bytes = options.chunk_bytes or int(np.clip(CHUNK_S * np.median(links_R), LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES))
     slots = ReplicaSlots(sources_LE, replica_slots=options.replica_slots, device=group.device)
     links = Links(
         bytes_per_s_R=links_R,
@@ -58,9 +66,7 @@ def stepwise(
     return StepBalance(
         group,
         planner,
-        ReplicaTrack(
-            open_links(group), experts.bytes_at_home, chunk_bytes=options.chunk_bytes, suspends=options.suspends
-        ),
+        ReplicaTrack(open_links(group), experts.bytes_at_home, chunk_bytes=chunk_bytes, suspends=options.suspends),
         slots,
         StepCosts(group, curves),
         Windows(layers, links_R),
@@ -103,7 +109,17 @@ def _replay(file: Path, rank: int, num_layers: int, num_experts: int) -> npt.NDA
     return np.asarray(counts_RPLE[rank], dtype=np.int64)
 
 
-def _rates(group: RankGroup, own_bytes_per_s: float) -> npt.NDArray[np.float64]:
-    """Of all ranks' links, as each has tried out its own."""
-    told = torch.tensor([own_bytes_per_s], dtype=torch.float64, device=group.device)
+def _link_rates(group: RankGroup) -> npt.NDArray[np.float64]:
+    """All ranks at once: bytes a second of each one's link, as it is tried out while all send to their next neighbours."""
+    ranks = group.num_ranks
+    sent = torch.zeros(TRIED_BYTES, dtype=torch.uint8, device=group.device)
+    came = torch.empty_like(sent)
+    to_R, from_R = [0] * ranks, [0] * ranks
+    to_R[(group.rank + 1) % ranks] = from_R[(group.rank - 1) % ranks] = TRIED_BYTES
+    least_s = np.inf
+    for _ in range(TRIALS):
+        began_s = perf_counter()
+        group.all_to_all(came, sent, from_R, to_R)
+        least_s = min(least_s, perf_counter() - began_s)
+    told = torch.tensor([TRIED_BYTES / least_s], dtype=torch.float64, device=group.device)
     return np.asarray(group.all_gather(told)[:, 0].cpu().numpy())

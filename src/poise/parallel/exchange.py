@@ -70,9 +70,22 @@ class TokenExchange:
         choice_TK = torch.empty(0, self._top_k, dtype=torch.int64, device=device)
         return hidden_TH, choice_TK, torch.empty(0, self._top_k, device=device)
 
-    def dispatch(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, routes: Routes, *, layer: int) -> Received:
-        """Sends every row to where ``routes`` says and returns those that came. Weights travel, and arrive, in fp32."""
-        received_R, waited_s = self._headers(routes.sent_R, layer)
+    def dispatch(
+        self,
+        hidden_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        routes: Routes,
+        *,
+        layer: int,
+        received_R: tuple[int, ...] | None = None,
+    ) -> Received:
+        """Sends every row to where ``routes`` says and returns those that came. Weights travel, and arrive, in fp32.
+
+        ``received_R``: rows that come from each rank, where all know it; None: ranks tell each other first.
+        """
+        waited_s = 0.0
+        if received_R is None:
+            received_R, waited_s = self._headers(routes.sent_R, layer)
         rows, began_s, aside = sum(received_R), perf_counter(), self.aside
         came = torch.empty(rows, self._row_bytes, dtype=torch.uint8, device=self._group.device)
         leaving = self._packed(hidden_TH, weights_TK, routes)

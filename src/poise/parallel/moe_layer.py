@@ -39,8 +39,8 @@ class LayerRecord:
     Where steps are balanced: ``home_pairs``: what it would have computed with its experts at home alone. ``own_pairs``: of
     its own tokens, of which ``guessed_wrong`` were predicted for other experts. ``replicas_planned`` for it, of which
     ``replicas_used`` came in time; ``replica_bytes`` came in all. ``declined``: 1 where nothing paid. ``counts_s``: to tell and
-    hear counts, part of ``waited_s``; ``balance_s``: predicting, planning and dividing on the computing thread; ``aux_s``:
-    processor time of the auxiliary thread.
+    hear counts, part of ``waited_s``, where that is one message more than without; ``balance_s``: predicting, planning and
+    dividing on the computing thread; ``aux_s``: processor time of the auxiliary thread.
     """
 
     layer: int
@@ -64,7 +64,7 @@ class LayerRecord:
     aux_s: float = 0.0
 
 
-NOTED = tuple(each.name for each in fields(StepNote) if each.name != "home_pairs")
+NOTED = tuple(each.name for each in fields(StepNote) if each.name not in ("home_pairs", "told_s"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -163,12 +163,15 @@ class ExpertParallelLayers:
 
     def dispatch(self, turn: Turn) -> Received:
         """The second step, an exchange. All ranks do all exchanges in the same order, on one thread at a time."""
-        routes, balance = turn.routes, self._balance
-        if balance is not None:
-            routes = balance.routes(turn.layer, turn.hidden_TH, turn.choice_TK, self.copies_L[turn.layer])
+        routes, received_R = turn.routes, None
+        if self._balance is not None:
+            copies = self.copies_L[turn.layer]
+            routes, received_R = self._balance.routes(turn.layer, turn.hidden_TH, turn.choice_TK, copies)
         assert routes is not None, "who does not balance has routes"
         began_ns = perf_counter_ns()
-        received = self._exchange.dispatch(turn.hidden_TH, turn.weights_TK, routes, layer=turn.layer)
+        received = self._exchange.dispatch(
+            turn.hidden_TH, turn.weights_TK, routes, layer=turn.layer, received_R=received_R
+        )
         if self.timeline is not None:
             met_ns = began_ns + round(received.waited_s * 1e9)
             self.timeline.spans.append(Span(EXCHANGE, "wait: last rank", began_ns, met_ns, {"layer": turn.layer}))
@@ -204,7 +207,7 @@ class ExpertParallelLayers:
             routed_tokens=computed.routed_tokens,
             active_experts=computed.active_experts,
             compute_s=computed.compute_s,
-            waited_s=received.waited_s + note.counts_s,
+            waited_s=received.waited_s + note.told_s,
             dispatch_s=received.rows_s,
             combine_s=combine_s,
             total_s=perf_counter() - turn.began_s,

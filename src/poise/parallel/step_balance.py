@@ -99,17 +99,25 @@ class StepBalance:
             self._plan = None  # of homes that are no more
             self.track.end_fetch()
 
-    def routes(self, layer: int, hidden_TH: torch.Tensor, choice_TK: torch.Tensor, copies: Copies) -> Routes:
-        """All ranks at once: where this rank's tokens go. ``choice_TK``: E where there is no choice."""
+    def routes(
+        self, layer: int, hidden_TH: torch.Tensor, choice_TK: torch.Tensor, copies: Copies
+    ) -> tuple[Routes, tuple[int, ...] | None]:
+        """All ranks at once: where this rank's tokens go, and how many rows come from each rank; None: not told yet.
+
+        ``choice_TK``: E where there is no choice.
+        """
         began_s = perf_counter()
         self.note = note = StepNote()
         own_E = _counts_E(choice_TK, self._num_experts)
         plan, bits = self._end_fetch(layer, own_E)
         guess_E = self._guess((layer + 1) % self._num_layers, layer, own_E, hidden_TH, choice_TK)
+        home = None
+        if plan is None or not plan.pays:
+            home = route(choice_TK, copies, source_rank=self._rank)
         asked_s = perf_counter()
-        news = self._exchanged(self._own_news(layer, plan, bits), own_E, guess_E)
+        news = self._exchanged(self._own_news(layer, plan, bits), own_E, guess_E, home)
         heard_s = perf_counter()
-        note.counts_s = heard_s - asked_s
+        note.told_s = heard_s - asked_s
         self._windows.end(layer)
         self._costs.saw(news)
         self._heard = layer, news
@@ -123,15 +131,19 @@ class StepBalance:
         note.home_pairs = float(self._planner.home_pairs_R(layer, news.counts_RE)[self._rank])
         note.replicas_used = len(self.replicas)
         dispatch = self._planner.dispatch(layer, news.counts_RE, came_N3, self._rank)
+        received_R = None
         if dispatch is None:
-            routes = route(choice_TK, copies, source_rank=self._rank)
+            routes = home or route(choice_TK, copies, source_rank=self._rank)
+            if not news.of("pays").any():
+                received_R = tuple(news.rows_RR[:, self._rank].tolist())
         else:
             routes = route_by(choice_TK, dispatch, num_ranks=self._group.num_ranks)
         ended_s = perf_counter()
-        note.balance_s = ended_s - began_s - note.counts_s - waited_s
-        note.counts_s += waited_s
+        note.balance_s = ended_s - began_s - note.told_s - waited_s
+        note.told_s += waited_s
+        note.counts_s = note.told_s if received_R is None else 0.0
         self._show(layer, began_s, asked_s, heard_s, ended_s)
-        return routes
+        return routes, received_R
 
     def rows_leave(self) -> None:
         """Tokens are about to travel."""
@@ -224,6 +236,7 @@ class StepBalance:
         return RankNews(
             layer=layer,
             plan=0 if plan is None else plan.digest,
+            pays=self._forecast is None or self._planner.has_choice(layer) or (plan is not None and plan.pays),
             arrived=bits,
             window_us=self._windows.window_us((layer + 1) % self._num_layers),
             fetch_kb_s=self._windows.fetch_kb_s,
@@ -234,9 +247,13 @@ class StepBalance:
             compute_us=round(1e6 * seconds),
         )
 
-    def _exchanged(self, own: RankNews, own_E: Ints, guess_E: Ints) -> StepNews:
-        row = torch.from_numpy(told(own, own_E, guess_E)).to(self._group.device)
-        news = StepNews.heard(self._group.all_gather(row).cpu().numpy())
+    def _exchanged(self, own: RankNews, own_E: Ints, guess_E: Ints, home: Routes | None = None) -> StepNews:
+        rows_R = (0,) * self._group.num_ranks if home is None else home.sent_R
+        row = torch.from_numpy(told(own, own_E, guess_E, rows_R)).to(self._group.device)
+        sent_RN = row.repeat(self._group.num_ranks, 1)  # straight to all: Gloo's gather goes round a ring
+        heard_RN, one_each = torch.empty_like(sent_RN), [1] * self._group.num_ranks
+        self._group.all_to_all(heard_RN, sent_RN, one_each, one_each)
+        news = StepNews.heard(heard_RN.cpu().numpy())
         assert (news.of("layer") == own.layer).all(), f"ranks stand at different MoE layers: {news.of('layer')}"
         return news
 

@@ -6,6 +6,7 @@ All ranks hear the same, so that all come to the same plan. Letters: R ranks, E 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Self
 
@@ -17,8 +18,9 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankNews:
-    """``layer``: where the rank stands. ``plan``: a digest of its plan for this layer, 0 without one; ``arrived``: bits, by the
-    plan's replicas for this rank, of those that are here.
+    """``layer``: where the rank stands. ``plan``: a digest of its plan for this layer, 0 without one; ``pays``: tokens may
+    go elsewhere than to their first homes, so that rows are counted again. ``arrived``: bits, by the plan's replicas for this
+    rank, of those that are here.
 
     ``window_us``: how long its link was free for the next layer's replicas, the last time; ``fetch_kb_s``: how fast they come,
     0 if it is not known. ``in_permille``, ``out_permille``: rows over (token, expert) pairs that travel.
@@ -27,6 +29,7 @@ class RankNews:
 
     layer: int
     plan: int = 0
+    pays: bool = False
     arrived: int = 0
     window_us: int = 0
     fetch_kb_s: int = 0
@@ -41,25 +44,30 @@ NUM_FIELDS = len(fields(RankNews))
 _PLACE = {each.name: place for place, each in enumerate(fields(RankNews))}
 
 
-def told(news: RankNews, own_E: Ints, predicted_E: Ints) -> Ints:
-    """A rank's row."""
-    return np.concatenate([np.array(astuple(news), dtype=np.int64), own_E, predicted_E])
+def told(news: RankNews, own_E: Ints, predicted_E: Ints, rows_R: Sequence[int]) -> Ints:
+    """A rank's row. ``rows_R``: rows that it sends to each rank if experts at home compute everything."""
+    return np.concatenate(
+        [np.array(astuple(news), dtype=np.int64), own_E, predicted_E, np.array(rows_R, dtype=np.int64)]
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepNews:
-    """Of all ranks: ``counts_RE`` of this layer, ``predicted_RE`` of the next."""
+    """Of all ranks: ``counts_RE`` of this layer, ``predicted_RE`` of the next, ``rows_RR`` from rank (row) to rank (column)."""
 
     numbers_RF: Ints
     counts_RE: Ints
     predicted_RE: Ints
+    rows_RR: Ints
 
     @classmethod
     def heard(cls, rows_RN: Ints) -> Self:
         """From all ranks' rows."""
-        experts = (rows_RN.shape[1] - NUM_FIELDS) // 2
-        numbers_RF, counts_RE, predicted_RE = np.split(rows_RN, [NUM_FIELDS, NUM_FIELDS + experts], axis=1)
-        return cls(numbers_RF=numbers_RF, counts_RE=counts_RE, predicted_RE=predicted_RE)
+        ranks, width = rows_RN.shape
+        experts = (width - NUM_FIELDS - ranks) // 2
+        ends = [NUM_FIELDS, NUM_FIELDS + experts, NUM_FIELDS + 2 * experts]
+        numbers_RF, counts_RE, predicted_RE, rows_RR = np.split(rows_RN, ends, axis=1)
+        return cls(numbers_RF=numbers_RF, counts_RE=counts_RE, predicted_RE=predicted_RE, rows_RR=rows_RR)
 
     def of(self, field: str) -> Ints:
         """One of the fields of ``RankNews``, of each rank."""

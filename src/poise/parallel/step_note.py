@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class StepNote:
-    """What balancing did for one layer on this rank. Fields and units as those of ``moe_layer.LayerRecord``."""
+    """What balancing did for one layer on one rank: fields and units as those of ``moe_layer.LayerRecord``.
+
+    ``told_s``: to tell and hear counts, always.
+    """
 
     home_pairs: float = 0.0
     own_pairs: int = 0
@@ -19,6 +22,7 @@ class StepNote:
     counts_s: float = 0.0
     balance_s: float = 0.0
     aux_s: float = 0.0
+    told_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

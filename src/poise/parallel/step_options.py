@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poise.errors import UsageError
-from poise.parallel.replica_track import CHUNK_BYTES
 from poise.plan.balance import MOST_WORK
 
 PREDICTORS = ("gate", "last", "none", "replayed")
@@ -20,7 +19,7 @@ class StepOptions:
     measurements).
 
     ``replica_slots``: on each rank, twice. ``suspends``: no chunk is asked for while tokens travel. ``chunk_bytes``: of a
-    replica at a time. ``most_work``: as the planner has it.
+    replica at a time; None: what a link carries in ``engine.stepwise.CHUNK_S``. ``most_work``: as the planner has it.
     """
 
     predictor: str = "gate"
@@ -28,7 +27,7 @@ class StepOptions:
     replay: Path | None = None
     replica_slots: int = 3
     suspends: bool = True
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: int | None = None
     most_work: int = MOST_WORK
 
     def __post_init__(self) -> None:
@@ -36,7 +35,7 @@ class StepOptions:
             raise UsageError(f"predictor {self.predictor!r} is not known; choose one of {', '.join(PREDICTORS)}")
         if not 0 <= self.replica_slots <= 16:
             raise UsageError(f"replica slots are {self.replica_slots}; give 0 to 16")
-        if self.chunk_bytes < 1:
+        if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise UsageError(f"chunks are {self.chunk_bytes} bytes; give 1 or more")
         if (self.replay is not None) != (self.predictor == "replayed"):
             raise UsageError("counts to replay go with predictor 'replayed', and only with it")

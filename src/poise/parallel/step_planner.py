@@ -92,11 +92,14 @@ class StepPlanner:
     def dispatch(self, layer: int, counts_RE: Ints, came_N3: Ints, rank: int) -> Dispatch | None:
         """Where a rank's true tokens go, given the replicas that have come; None: to the homes, where no expert has another
         copy, or while costs are not known."""
-        has_choice = len(came_N3) or len(self._rows_L[layer]) > self._num_experts
-        balancer = self._balancer(layer, counts_RE) if has_choice else None
+        balancer = self._balancer(layer, counts_RE) if len(came_N3) or self.has_choice(layer) else None
         if balancer is None:
             return None
         return dispatch_of(balancer.divide(counts_RE, came_N3).assignment, counts_RE, rank)
+
+    def has_choice(self, layer: int) -> bool:
+        """Whether tokens have a choice between homes."""
+        return len(self._rows_L[layer]) > self._num_experts
 
     def rehearse(self) -> None:
         """Compiles all of it, which takes long the first time on a machine."""

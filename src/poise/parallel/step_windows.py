@@ -12,6 +12,8 @@ from poise.parallel.step_news import StepNews
 
 KEEP = 0.7
 """Of what was known of the rate, when a further fetch has ended."""
+DOUBT = 0.97
+"""Times what a fetch took, for each layer without one."""
 USED_FRAC = 0.9
 """Of a window that is planned with."""
 
@@ -44,14 +46,18 @@ class Windows:
         self._open_s = 0.0
 
     def window_us(self, layer: int) -> int:
-        """The shorter one of the last two: the time between two calls may be in the other."""
-        return round(1e6 * min(self._last_two_L[layer]))
+        """The mean of the last two, but at most twice the shorter one: the time between two calls may be in the other."""
+        least, most = sorted(self._last_two_L[layer])
+        return round(1e6 * min(2.0 * least, (least + most) / 2.0))
 
     def fetched(self, fetched: Fetched) -> None:
-        """A fetch has ended."""
+        """A fetch has ended. What is known of the rate is believed less where nothing was fetched: a rate that was once too low
+        for any replica would else never be seen to have risen."""
         if fetched.busy_s > 0:
             self._bytes = KEEP * self._bytes + fetched.nbytes
             self._busy_s = KEEP * self._busy_s + fetched.busy_s
+        else:
+            self._busy_s *= DOUBT
 
     @property
     def fetch_kb_s(self) -> int:
@@ -72,5 +78,5 @@ class Windows:
         """Bytes a second at which each rank's replicas come. A rank that has fetched nothing is taken to be like the others."""
         told_R = 1e3 * news.of("fetch_kb_s").astype(float)
         known_R = told_R > 0
-        usual_R = np.minimum(told_R[known_R].mean(), self._link_R) if known_R.any() else self._link_R
-        return np.where(known_R, told_R, usual_R)
+        usual = told_R[known_R].mean() if known_R.any() else np.inf
+        return np.minimum(np.where(known_R, told_R, usual), self._link_R)
