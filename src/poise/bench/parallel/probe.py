@@ -20,6 +20,7 @@ from poise.bench.cluster.layout import GBIT_PER_S, ClusterLayout, four_unequal_r
 from poise.bench.machine import stamp
 from poise.bench.parallel.case import (
     Case,
+    bundled_case,
     cycled,
     equal_ranks,
     prefill_job,
@@ -29,6 +30,7 @@ from poise.bench.parallel.case import (
     write_rows,
 )
 from poise.bench.parallel.contest import MOVERS, ORACLE, PROBE, PROBE_VIBE, STATIC, WARM_UP, Contenders, contest
+from poise.bench.parallel.distilled import distilled
 from poise.bench.parallel.probe_tables import tables
 from poise.bench.parallel.session import Session
 from poise.bench.parts import Parts, say
@@ -78,7 +80,7 @@ class _Suite:
             "unequal": lambda: self._prefill(
                 widened, four_unequal_ranks(), _rows(widened, "code"), STATIC | MOVERS | PROBE | PROBE_VIBE
             ),
-            "ways": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | WAYS),
+            "ways": lambda: self._ways(widened),
             "slots": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | SLOTS),
             "random": lambda: self._prefill(self._random(0.7), LINKS["4 Gbit/s"](), None, ALL),
             "overhead": self._overhead,
@@ -107,6 +109,12 @@ class _Suite:
         with Session(layout) as session:
             facts = contest(session, job, contenders, self._scratch, rounds=rounds, warm_up=warm_up)
             return self._about(case, session, "prefill", rows_per_rank * rows_WT.shape[1]) | {"policies": facts}
+
+    def _ways(self, case: Case) -> dict[str, Any]:
+        """All ways to know the counts of the layer to come, and without suspension."""
+        trained = str(distilled(self._directory, bundled_case(self._directory), case))
+        ways = WAYS | {"distilled": {"balance": "probe", "steps": {"lookahead": trained}}}
+        return self._prefill(case, _linked(), _mixed(case), STATIC | ways)
 
     def _switch(self, case: Case) -> dict[str, Any]:
         """Code for as long as nothing counts, then prose."""
