@@ -15,19 +15,19 @@ from poise.bench.cluster.layout import GBIT_PER_S, slow_link, two_ranks
 from poise.bench.parallel.case import Case, cycled, prefill_job, write_rows
 from poise.bench.parallel.session import JobResult, Session
 
-PREFILL_ROWS, DECODE_ROWS = 8, 32
-"""Of each rank."""
-PASSES = 6
-NEW_TOKENS = 24
+PREFILL_ROWS = (8, 32)
+"""Of each rank: the first pass is too small for halves, and shows what two batches in lockstep cost."""
+PROMPTS = 2
+"""That each row of a pass is given, one after the other; each takes several passes, as it goes through in chunks."""
 WARM_UP = 2
 ROUNDS = 2
 LINKS = (two_ranks(), two_ranks().with_link(4 * GBIT_PER_S), slow_link())
 WAYS = ("whole", "halves")
 
 
-def measure(case: Case, directory: Path, *, passes: int = PASSES) -> dict[str, Any]:
-    """Median time of prefill and decode passes, as one batch and as two, for each link."""
-    jobs = _jobs(case, directory, passes)
+def measure(case: Case, directory: Path, *, prompts: int = PROMPTS) -> dict[str, Any]:
+    """Median time of prefill passes, as one batch and as two, for each link."""
+    jobs = _jobs(case, directory, prompts)
     rows = []
     for layout in LINKS:
         results: dict[tuple[str, str], list[JobResult]] = {(kind, way): [] for kind in jobs for way in WAYS}
@@ -50,17 +50,13 @@ def measure(case: Case, directory: Path, *, passes: int = PASSES) -> dict[str, A
     return {"model": case.name, "rows": rows}
 
 
-def _jobs(case: Case, directory: Path, passes: int) -> dict[str, dict[str, Any]]:
+def _jobs(case: Case, directory: Path, prompts: int) -> dict[str, dict[str, Any]]:
     text, ranks = next(iter(case.rows.values())), 2
-    prompts = cycled(text, (passes + WARM_UP) * PREFILL_ROWS * ranks)
-    starts = cycled(text, DECODE_ROWS * ranks)[:, :32]
-    decode = prefill_job(case, write_rows(directory / "halves-decode.json", starts), rows_per_rank=DECODE_ROWS)
-    return {
-        f"prefill of {PREFILL_ROWS} rows a rank": prefill_job(
-            case, write_rows(directory / "halves.json", prompts), rows_per_rank=PREFILL_ROWS
-        ),
-        f"decode of {DECODE_ROWS} rows a rank": {**decode, "new_tokens": NEW_TOKENS},
-    }
+    jobs = {}
+    for rows in PREFILL_ROWS:
+        file = write_rows(directory / f"halves-{rows}.json", cycled(text, prompts * rows * ranks))
+        jobs[f"prefill of {rows} rows a rank"] = prefill_job(case, file, rows_per_rank=rows)
+    return jobs
 
 
 def _facts(runs: list[JobResult]) -> dict[str, Any]:
