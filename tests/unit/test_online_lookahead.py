@@ -17,7 +17,7 @@ from poise.model.inspect import find_experts
 from poise.model.lookahead import Lookahead
 from poise.model.lookahead_training import Training
 from poise.predict.lookahead_quality import recall
-from poise.predict.mixed import HitFrac, mixed_TE
+from poise.predict.mixed import Mixture
 from tests.conftest import MakeCheckpoint, OpenRunner
 
 MODEL = Path(poise.__file__).parent / "assets" / "tiny-moe"
@@ -138,11 +138,22 @@ def test_mixed_chances_sum_to_the_choices_of_a_token() -> None:
     rng = np.random.default_rng(0)
     table_TE = rng.dirichlet(np.ones(8), size=5).astype(np.float32) * 2
     named_TK = np.array([[0, 3], [1, 2], [7, 6], [5, 4], [0, 8]])
-    chances_TE = mixed_TE(named_TK, table_TE, 0.9)
-    assert chances_TE[0, [0, 3]].tolist() == pytest.approx([0.9, 0.9])
+    chances_TE = Mixture(8).chances_TE(named_TK, table_TE)
+    assert chances_TE[0, [0, 3]].tolist() == pytest.approx([0.75, 0.75])
     np.testing.assert_allclose(chances_TE[:4].sum(axis=1), 2.0, rtol=1e-5)
-    assert (chances_TE[4, 1:] < 0.9).all()
-    hits = HitFrac()
-    for _ in range(40):
-        hits.observe(named_TK[:4], np.array([[0, 1], [1, 3], [7, 0], [5, 1]]))
-    assert hits.value == pytest.approx(0.5 + 0.25 * np.exp(-160 / 512))
+    assert (chances_TE[4, 1:] < 0.75).all()
+
+
+def test_a_mixture_learns_whom_to_trust_and_which_experts_come_more_often_than_named() -> None:
+    rng = np.random.default_rng(0)
+    mixture = Mixture(8)
+    table_TE = np.full((64, 8), 0.25, dtype=np.float32)
+    for _ in range(100):
+        named_TK = rng.permuted(np.tile(np.arange(1, 8), (64, 1)), axis=1)[:, :2]
+        chosen_TK = named_TK.copy()
+        chosen_TK[:32, 0] = 0  # never named, and chosen by every second token
+        mixture.observe(named_TK, table_TE, chosen_TK)
+    assert mixture.hit_frac == pytest.approx(0.75, abs=0.02)
+    chances_E = mixture.chances_TE(named_TK, table_TE).sum(axis=0)
+    assert chances_E[0] == pytest.approx(32, rel=0.1)
+    assert chances_E.sum() == pytest.approx(128, rel=0.1)

@@ -90,7 +90,7 @@ class Lookahead(nn.Module):
             assert width >= 1, f"a residual of width {width}"
             random = torch.Generator().manual_seed(seed)
             for layer in lookahead.learning_layers:
-                router = lookahead._router(layer)
+                router = lookahead.router(layer)
                 lookahead.residuals[str(layer)] = Residual(
                     router.hidden_size, width, router.num_outputs, device=router.device, random=random
                 )
@@ -104,7 +104,7 @@ class Lookahead(nn.Module):
     @property
     def learning_layers(self) -> tuple[int, ...]:
         """Those among them to whose logits a residual can be added."""
-        return tuple(layer for layer in self._predicted if self._router(layer).has_logits)
+        return tuple(layer for layer in self._predicted if self.router(layer).has_logits)
 
     def predicts(self, layer: int) -> bool:
         """Whether ``choices_TK`` can be asked about the layer."""
@@ -117,7 +117,7 @@ class Lookahead(nn.Module):
         """
         assert self.predicts(layer), f"MoE layer {layer} cannot be predicted"
         with torch.inference_mode():
-            return self._router(layer).choices_TK(hidden_TH, self._added_TE(layer, hidden_TH))
+            return self.router(layer).choices_TK(hidden_TH, self._added_TE(layer, hidden_TH))
 
     def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor | None = None) -> Ints:
         """How many of the tokens will choose each expert of ``layer``. ``real_T``: bool, False for padding; None: all real."""
@@ -128,15 +128,15 @@ class Lookahead(nn.Module):
 
     def own_choices_TK(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
         """What the frozen router of ``layer`` chooses for these hidden states as they are: at its own seam, the truth."""
-        return self._router(layer).choices_TK(hidden_TH)
+        return self.router(layer).choices_TK(hidden_TH)
 
     def own_logits_TE(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
         """The frozen router's logits for these hidden states, fp32, outside any graph."""
-        return self._router(layer).logits_TE(hidden_TH)
+        return self.router(layer).logits_TE(hidden_TH)
 
     def scores(self, layer: int) -> str:
         """What the router of ``layer`` makes of its logits: ``softmax``, ``sigmoid``, or ``other``."""
-        return self._router(layer).scores
+        return self.router(layer).scores
 
     def save(self, path: Path, *, model: str) -> None:
         """Writes the residuals whole or not at all. ``model``: its fingerprint. Raises TraceError if it cannot be written."""
@@ -185,11 +185,13 @@ class Lookahead(nn.Module):
         return [self.residual(layer) for layer in self.learning_layers]
 
     def residual(self, layer: int) -> Residual:
+        """What a learning layer adds to its router's logits."""
         residual = self.residuals[str(layer)]
         assert isinstance(residual, Residual)
         return residual
 
-    def _router(self, layer: int) -> FrozenRouter:
+    def router(self, layer: int) -> FrozenRouter:
+        """The frozen router of a layer that has one."""
         router = self.routers[str(layer)]
         assert isinstance(router, FrozenRouter)
         return router

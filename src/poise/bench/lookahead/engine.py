@@ -31,9 +31,9 @@ from poise.model.widen import widen_checkpoint
 from poise.plan.schedule import Policy
 
 SEQUENCES = (1, 4, 16)
-ROUNDS = 3
+ROUNDS = 2
 AHEAD = SLOTS // 8
-LEARNT_WINDOWS = (400, 400)
+LEARNT_WINDOWS = (200, 200)
 
 
 def measure() -> dict[str, Any]:

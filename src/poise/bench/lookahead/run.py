@@ -1,8 +1,8 @@
 """`poise bench lookahead`: the lookahead predictor on the bundled model, trained without any loss that helps prediction.
 
-Parts: ``choice``: width, rate and length of training; ``quality``: `poise distill` as it is, figures per layer; ``domains``:
-online learning through switches of domain; ``prefetch``: experts foreseen, against the correlation table; ``engine``: the same
-in the engine, with the model widened.
+Parts: ``choice``: width, rate and length of training; ``quality``: `poise distill` as it is, figures per layer; ``ceiling``:
+what bounds recall; ``domains``: online learning through switches of domain; ``prefetch``: experts foreseen, against the
+correlation table; ``engine``: the same in the engine, with the model widened.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from poise.bench.lookahead import choice, domains, engine, prefetch, quality
+from poise.bench.lookahead import ceiling, choice, domains, engine, prefetch, quality
 from poise.bench.lookahead.tables import tables
 from poise.bench.machine import stamp
 from poise.bench.offload.case import work_directory
@@ -24,7 +24,7 @@ from poise.bench.parts import Parts, say
 from poise.bench.results import document, write_result
 
 NAME = "lookahead"
-PARTS = ("choice", "quality", "domains", "prefetch", "engine")
+PARTS = ("choice", "quality", "ceiling", "domains", "prefetch", "engine")
 
 
 def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), steps: int | None = None) -> None:
@@ -34,6 +34,7 @@ def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), st
     measures = {
         "choice": choice.measure,
         "quality": quality.measure,
+        "ceiling": ceiling.measure,
         "domains": domains.measure,
         "prefetch": prefetch.measure,
         "engine": engine.measure,

@@ -11,7 +11,14 @@ from rich.table import Table
 
 def tables(parts: Mapping[str, dict[str, Any]]) -> Iterator[Table]:
     """One or more of each part that was run."""
-    makers = {"choice": _choice, "quality": _quality, "domains": _domains, "prefetch": _prefetch, "engine": _engine}
+    makers = {
+        "choice": _choice,
+        "quality": _quality,
+        "ceiling": _ceiling,
+        "domains": _domains,
+        "prefetch": _prefetch,
+        "engine": _engine,
+    }
     for name, part in parts.items():
         yield from makers[name](part)
 
@@ -57,6 +64,11 @@ def _quality(part: Mapping[str, Any]) -> Iterator[Table]:
         rows = [[str(row["layer"]), *(shown(row[what][name]) for name in names)] for row in part["layers"]]
         rows.append(["mean", *(shown(part["mean"][what][name]) for name in names)])
         yield _table(f"{title}: {what}", ("layer", *names), rows)
+
+
+def _ceiling(part: Mapping[str, Any]) -> Iterator[Table]:
+    rows = [[str(row["layer"]), row["known"], f"{row['recall']:.1%}"] for row in part["rows"]]
+    yield _table(f"Recall by what is known, width {part['width']}", ("layer", "known", "recall"), rows)
 
 
 def _domains(part: Mapping[str, Any]) -> Iterator[Table]:
