@@ -13,13 +13,13 @@ from poise.bench.lookahead.seen import load_model, recall_L, see, teach, windows
 from poise.model.lookahead import Lookahead
 from poise.model.lookahead_training import WIDTH, Training
 
-LEARNT_WINDOWS = (782, 782)
-HELD_OUT_WINDOWS = (48, 48)
+LEARNT_WINDOWS = (391, 391)
+HELD_OUT_WINDOWS = (40, 40)
 WIDTHS = (16, 64, 128, 256, 512)
 RATES = (1e-3, 5e-3, 2e-2)
-TOKENS = (25_000, 100_000, 400_000)
+TOKENS = (12_500, 50_000, 200_000)
 EPOCHS = (2, 4)
-EPOCH_TOKENS = 100_000
+EPOCH_TOKENS = 50_000
 
 
 def measure() -> dict[str, Any]:
