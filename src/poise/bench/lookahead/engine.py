@@ -47,7 +47,6 @@ def measure() -> dict[str, Any]:
             "table": None,
             "frozen": LookaheadUse(prefetches=True),
             "distilled": LookaheadUse(file=file, prefetches=True),
-            "distilled, online": LookaheadUse(file=file, prefetches=True, online=True),
         }
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
         texts = [windows_of(tokenizer, one, "held_out", max(SEQUENCES)).tolist() for one in load_corpus()]
