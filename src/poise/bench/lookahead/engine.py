@@ -47,6 +47,7 @@ def measure() -> dict[str, Any]:
             "table": None,
             "frozen": LookaheadUse(prefetches=True),
             "distilled": LookaheadUse(file=file, prefetches=True),
+            "distilled, online": LookaheadUse(file=file, prefetches=True, online=True),
         }
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
         texts = [windows_of(tokenizer, one, "held_out", max(SEQUENCES)).tolist() for one in load_corpus()]
