@@ -129,6 +129,18 @@ def test_a_lookahead_reads_ahead_better_than_the_table_and_changes_no_text() -> 
     assert online > table
 
 
+def test_routers_of_layers_whose_dense_weights_stream_stay_in_memory() -> None:
+    prompt, params = "def main():", SamplingParams(max_tokens=12)
+    texts = []
+    for use in (None, LookaheadUse(width=4, prefetches=True, online=True)):
+        with LLM(MODEL, memory="1GiB", expert_slots=64, dense_layers=0, lookahead=use) as llm:
+            assert llm.describe()["dense_layers_streamed"] == 6
+            texts.append(llm.generate(prompt, params)[0].outputs[0].text)
+            if llm.lookahead is not None:
+                assert llm.lookahead.learning_layers == (1, 2, 3, 4, 5)
+    assert texts[0] == texts[1]
+
+
 def test_a_lookahead_that_cannot_learn_does_not_learn_online() -> None:
     with pytest.raises(UsageError, match="nothing that could learn"):
         LookaheadUse(online=True)
