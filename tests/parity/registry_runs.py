@@ -15,6 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from poise import LLM, SamplingParams
 from poise.errors import CheckpointError
 from poise.model.cache import make_cache
+from poise.model.inspect import find_experts
+from poise.model.lookahead import Lookahead
+from poise.model.seam import Forward
 from tests.parity.registry_configs import VOCABULARY, tiny_config
 
 LENGTHS = (5, 29, 17, 2, 17)
@@ -46,6 +49,10 @@ class Outcome:
     ours: tuple[Run, ...] = ()
     num_experts: int = 0
     misses: int = 0
+    not_asked_early: int = 0
+    """MoE layers whose routers cannot be asked outside the model."""
+    routers_agree: bool = False
+    """Whether all others, asked outside the model about what they saw in it, chose the same."""
 
 
 def try_class(model_type: str, path: Path) -> Outcome:
@@ -63,6 +70,7 @@ def try_class(model_type: str, path: Path) -> Outcome:
     with llm:
         ours = poise_runs(llm)
         progress, num_experts = llm.last_progress, sum(llm.spec.experts_L)
+        not_asked_early, routers_agree = _ask_routers(llm)
         assert llm.describe()["expert_slots"] == SLOTS
     assert progress is not None
     return Outcome(
@@ -72,7 +80,27 @@ def try_class(model_type: str, path: Path) -> Outcome:
         ours=tuple(ours),
         num_experts=num_experts,
         misses=progress.expert_misses,
+        not_asked_early=not_asked_early,
+        routers_agree=routers_agree,
     )
+
+
+def _ask_routers(llm: LLM) -> tuple[int, bool]:
+    """(layers whose routers cannot be asked, whether the others agree with the model)."""
+    model = llm.runner.model
+    modules = find_experts(model, llm.spec.model_type)
+    lookahead = Lookahead.of_model(model, modules)
+    agree = []
+    with torch.inference_mode():
+        forward = Forward(lambda: model(input_ids=torch.tensor([prompts()[1]]), use_cache=False).logits)
+        parked = forward.start()
+        while parked is not None:
+            layer = next(at for at, each in enumerate(modules) if model.get_submodule(each.name) is parked.module)
+            if str(layer) in lookahead.routers:
+                chosen_TK = lookahead.own_choices_TK(layer, parked.hidden_TH)
+                agree.append(torch.equal(chosen_TK, parked.top_k_index_TK))
+            parked = forward.resume(torch.randn_like(parked.hidden_TH))
+    return len(modules) - len(agree), all(agree)
 
 
 def write_checkpoint(path: Path, model_type: str) -> None:
