@@ -21,7 +21,7 @@ from poise.plan.layer_state import CostTable, Layer, Limits, active_of, placed_l
 NEAR_FRAC = 5e-4
 """Times that the table has within this of each other are left to the curves to compare."""
 NODE_STEPS = 200_000
-"""Of going through the placements of a node: 30 ms. Enough for 8 experts with 8 copies to spare, or 12 with 5."""
+"""Of going through the placements of a node: 30 ms. Enough for 8 experts with 8 copies to spare."""
 LAYERS_STEPS = 4_000_000
 """Of the thorough searches of all layers: two seconds. Layers after that do without."""
 
@@ -45,7 +45,7 @@ def search_apart(
     load_LE: Floats, apart_LS: Ints, table: CostTable, limits: Limits, target_L: Floats, layers: Ints
 ) -> None:
     """Replaces those ``layers`` of ``apart_LS`` for which a thorough search finds a placement within their target, or so close
-    that the table cannot tell: of all placements where nodes are small, else by annealing.
+    that the table cannot tell: of all placements where nodes are small, by annealing where they are not or steps run out.
 
     Its loops are compiled when first needed, which is seldom.
     """
@@ -56,24 +56,27 @@ def search_apart(
     for index in layers.tolist():
         if steps <= 0:
             break
+        is_done = False
         if is_small:
-            steps -= _go_through(load_LE[index], apart_LS[index], table, limits, target_L[index])
-        else:
+            is_done, taken = _go_through(load_LE[index], apart_LS[index], table, limits, target_L[index])
+            steps -= taken
+        if not is_done:
             node_E = _nodes(load_LE[index], apart_LS[index], limits)
             found_S, _, taken = anneal(load_LE[index], node_E, apart_LS[index], table, limits, target_L[index])
             apart_LS[index], steps = found_S, steps - taken
 
 
-def _go_through(load_E: Floats, slot_S: Ints, table: CostTable, limits: Limits, target_s: float) -> int:
-    """Gives each node its fastest placement, if it has one near the target; returns the steps taken."""
-    steps, limit_s = 0, target_s * (1.0 + NEAR_FRAC)
+def _go_through(load_E: Floats, slot_S: Ints, table: CostTable, limits: Limits, target_s: float) -> tuple[bool, int]:
+    """Gives each node its fastest placement, if it has one near the target. (Whether all were seen; steps taken.)"""
+    is_done, steps, limit_s = True, 0, target_s * (1.0 + NEAR_FRAC)
     for node_S in slot_S.reshape(-1, limits.ranks_per_node * limits.slots_per_rank):
         experts = np.unique(node_S)
         fastest = fastest_apart(load_E[experts], table, limits, limit_s, NODE_STEPS)
+        is_done &= fastest.steps > 0
         steps += NODE_STEPS - fastest.steps
         if fastest.slot_S[0] >= 0:
             node_S[:] = experts[fastest.slot_S]
-    return steps
+    return is_done, steps
 
 
 @compiled
