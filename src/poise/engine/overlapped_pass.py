@@ -84,7 +84,14 @@ def split(tokens: Sequence[int]) -> int:
     return min(range(1, len(tokens)), key=lambda first: abs(sum(tokens[:first]) - sum(tokens[first:])))
 
 
-def is_worth_it(half_tokens_R: Sequence[int], works_R: Sequence[bool], *, top_k: int, num_experts: int) -> bool:
+def is_worth_it(
+    half_tokens_R: Sequence[int],
+    works_R: Sequence[bool],
+    *,
+    top_k: int,
+    num_experts: int,
+    min_rows: int = MIN_ROWS,
+) -> bool:
     """Whether the pass runs in halves, from the tokens of each rank's smaller half: the same answer on every rank."""
     all_have_two = all(tokens > 0 for tokens, works in zip(half_tokens_R, works_R, strict=True) if works)
-    return all_have_two and sum(half_tokens_R) * top_k >= MIN_ROWS * num_experts
+    return all_have_two and sum(half_tokens_R) * top_k >= min_rows * num_experts

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from poise.engine.overlapped_pass import Half, is_worth_it, run_halves, split
+from poise.engine.overlapped_pass import MIN_ROWS, Half, is_worth_it, run_halves, split
 from poise.engine.rank_recorder import RankRecorder
 from poise.engine.runner import ForwardInputs
 from poise.model.inspect import ExpertsModule
@@ -75,6 +75,8 @@ class ParallelRunner:
         self.recorder = recorder
         self.passes = 0
         """Passes that any rank has run."""
+        self.min_half_rows = MIN_ROWS
+        """The same on all ranks."""
         self.passes_in_halves = 0
         """Those of them in which exchanges ran behind compute."""
         self.pass_s = 0.0
@@ -166,6 +168,7 @@ class ParallelRunner:
                 has_work_R,
                 top_k=self._top_k,
                 num_experts=placement.num_experts,
+                min_rows=self.min_half_rows,
             ),
             told_RN=tuple(tuple(own) for _, _, _, *own in heard),
         )

@@ -1,7 +1,8 @@
-"""What passes in halves bring: their prompts as one batch, or as two of which one computes while the other travels.
+"""What passes in halves bring: the same tokens as one batch, as two in lockstep, or as two of which one computes while the
+other travels.
 
-Two ranks with a core each, over loopback and over links of 4 and 1 Gbit/s, taking turns. Passes of two batches run in halves
-where the engine finds that worth it (decision 032).
+Two ranks with a core each, over loopback and over links of 4 and 1 Gbit/s, taking turns. The engine itself runs passes in
+halves where an expert gets rows enough (decision 032), which the passes here would not give it: it is told to, or not to.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from poise.bench.cluster.layout import GBIT_PER_S, slow_link, two_ranks
 from poise.bench.parallel.case import Case, cycled, prefill_job, write_rows
 from poise.bench.parallel.session import JobResult, Session
 
-PREFILL_ROWS = (8, 32)
-"""Of each rank: the first pass is too small for halves, and shows what two batches in lockstep cost."""
+PREFILL_ROWS, DECODE_ROWS = 16, 64
+"""Of each rank."""
+NEW_TOKENS = 16
 PROMPTS = 2
 """That each row of a pass is given, one after the other; each takes several passes, as it goes through in chunks."""
 WARM_UP = 2
 ROUNDS = 2
 LINKS = (two_ranks(), two_ranks().with_link(4 * GBIT_PER_S), slow_link())
-WAYS = ("whole", "halves")
+WAYS = ("whole", "lockstep", "halves")
+NEVER, ALWAYS = 1 << 30, 0
+"""Rows from which halves run."""
 
 
 def measure(case: Case, directory: Path, *, prompts: int = PROMPTS) -> dict[str, Any]:
-    """Median time of prefill passes, as one batch and as two, for each link."""
+    """Median time of passes, each way, for each link."""
     jobs = _jobs(case, directory, prompts)
     rows = []
     for layout in LINKS:
@@ -35,9 +39,14 @@ def measure(case: Case, directory: Path, *, prompts: int = PROMPTS) -> dict[str,
             for number in range(ROUNDS):
                 for kind, job in jobs.items():
                     size = job["groups"][0][0]
-                    shapes = {"whole": [[size, 1]], "halves": [[size // 2, 2]]}
+                    two = {"groups": [[size // 2, 2]]}
+                    given: dict[str, dict[str, Any]] = {
+                        "whole": {},
+                        "lockstep": two | {"min_half_rows": NEVER},
+                        "halves": two | {"min_half_rows": ALWAYS},
+                    }
                     for way in WAYS if number % 2 == 0 else WAYS[::-1]:
-                        results[kind, way].append(session.run({**job, "groups": shapes[way]}))
+                        results[kind, way].append(session.run(job | given[way]))
         for kind in jobs:
             rows.append(
                 {
@@ -52,11 +61,13 @@ def measure(case: Case, directory: Path, *, prompts: int = PROMPTS) -> dict[str,
 
 def _jobs(case: Case, directory: Path, prompts: int) -> dict[str, dict[str, Any]]:
     text, ranks = next(iter(case.rows.values())), 2
-    jobs = {}
-    for rows in PREFILL_ROWS:
-        file = write_rows(directory / f"halves-{rows}.json", cycled(text, prompts * rows * ranks))
-        jobs[f"prefill of {rows} rows a rank"] = prefill_job(case, file, rows_per_rank=rows)
-    return jobs
+    whole = write_rows(directory / "halves.json", cycled(text, prompts * PREFILL_ROWS * ranks))
+    starts = write_rows(directory / "halves-decode.json", cycled(text, DECODE_ROWS * ranks)[:, :8])
+    decode = prefill_job(case, starts, rows_per_rank=DECODE_ROWS)
+    return {
+        "prefill": prefill_job(case, whole, rows_per_rank=PREFILL_ROWS),
+        f"decode of {DECODE_ROWS} rows a rank": decode | {"new_tokens": NEW_TOKENS},
+    }
 
 
 def _facts(runs: list[JobResult]) -> dict[str, Any]:

@@ -98,19 +98,18 @@ def _scaling(facts: Facts) -> Table:
 
 def _halves(facts: Facts) -> Table:
     title = f"passes of one batch, and of two that take turns; {facts['model']}"
-    table = _table(title, "links", "pass", "whole", "quartiles", "halves", "quartiles", "faster", "run in halves")
+    table = _table(title, "links", "pass", "one batch", "two in lockstep", "in halves", "quartiles", "faster", "ran so")
     for row in facts["rows"]:
         table.add_row(
             row["layout"],
             row["pass"],
             _ms(row["whole"]["step_s"]),
-            _range(row["whole"]["step_s_quartiles"]),
+            _ms(row["lockstep"]["step_s"]),
             _ms(row["halves"]["step_s"]),
             _range(row["halves"]["step_s_quartiles"]),
             f"{row['whole']['step_s'] / row['halves']['step_s']:.2f}x",
             str(row["passes_in_halves"] or "none"),
         )
-    table.caption = "where none ran in halves, each expert had too few rows, and the two batches went in lockstep"
     return table
 
 
