@@ -211,7 +211,8 @@ class ReplicaTrack:
                 fetch.came(asked.nbytes)
             if fetch.is_over:
                 fetch.stop(perf_counter_ns())
-                self._is_over.set()
+                if fetch is self._fetch:
+                    self._is_over.set()
 
     def _go_on(self) -> None:
         """Asks for the next chunk, where that may be."""
