@@ -16,10 +16,10 @@ from poise.bench.cluster.layout import GBIT_PER_S, slow_link, two_ranks
 from poise.bench.parallel.case import Case, cycled, prefill_job, write_rows
 from poise.bench.parallel.session import JobResult, Session
 
-PREFILL_ROWS, DECODE_ROWS = 16, 64
-"""Of each rank."""
+PREFILL_ROWS, DECODE_ROWS = 8, 64
+"""Of each rank. Prompts go in by 512 tokens a pass: of more rows, only one batch would come in at a time."""
 NEW_TOKENS = 16
-PROMPTS = 2
+PROMPTS = 3
 """That each row of a pass is given, one after the other; each takes several passes, as it goes through in chunks."""
 WARM_UP = 2
 ROUNDS = 2

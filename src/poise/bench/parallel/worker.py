@@ -113,11 +113,11 @@ class _Rank:
         )
         if not job.get("has_figures", True):
             llm.runner.recorder = llm.runner.layers.on_record = None
+        llm.runner.min_half_rows = job.get("min_half_rows", llm.runner.min_half_rows)
         return llm
 
     def _listen(self, llm: ParallelLLM) -> None:
         """Keeps every layer of every pass, besides what the rank takes down anyway."""
-        llm.runner.min_half_rows = self._job.get("min_half_rows", llm.runner.min_half_rows)
         layers = llm.runner.layers
         assert layers.counts_LE is None, "whoever balances takes the counts"
         layers.counts_LE = counts_LE = np.zeros((len(layers.copies_L), llm.placement.num_experts), dtype=np.int64)
