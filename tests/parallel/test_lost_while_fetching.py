@@ -17,6 +17,7 @@ from poise.parallel.replica_track import ReplicaTrack
 from poise.parallel.step_options import StepOptions
 from poise.parallel.watch import Patience
 from tests.conftest import DrawPrompts, MakeCheckpoint
+from tests.parallel.test_probe import dawdle_in
 from tests.ranks import start_ranks
 
 QUICK = Patience(start_s=60.0, beat_s=0.1, silent_s=2.0, behind_s=2.0, leave_s=4.0)
@@ -41,6 +42,7 @@ def generate(launch: Launch, path: Path, prompts: list[list[int]], directory: Pa
         ReplicaTrack._answer = meddle  # type: ignore[method-assign]
     steps: dict[str, Any] = {"balance": "probe", "steps": StepOptions(predictor="last")}
     with ParallelLLM(path, launch, memory="2GiB", patience=QUICK, groups=[(2, 1)], **steps) as llm:
+        dawdle_in(llm.runner.model)
         if launch.rank > 0:
             llm.follow()
         else:

@@ -27,6 +27,12 @@ def dawdle(module: Any, rows: tuple[torch.Tensor, ...]) -> None:
     time.sleep(3e-3 * len(rows[0]))
 
 
+def dawdle_in(model: Any) -> None:
+    """Replicas come only where tokens take long: else they do not pay, or have no time to come."""
+    for module in find_experts(model, model.config.model_type):
+        model.get_submodule(module.name).act_fn.register_forward_pre_hook(dawdle)
+
+
 def generate(
     launch: Launch, path: Path, prompts: list[list[int]], steps: StepOptions, policy: Rebalance | None
 ) -> dict[str, Any]:
@@ -36,9 +42,7 @@ def generate(
         path, launch, memory="2GiB", patience=PATIENT, balance="probe", steps=steps, policy=policy, groups=[(4, 2)]
     ) as llm:
         layers, model = llm.runner.layers, llm.runner.model
-        if steps.predictor == "none":  # ranks wait for replicas only where tokens take long
-            for module in find_experts(model, model.config.model_type):
-                model.get_submodule(module.name).act_fn.register_forward_pre_hook(dawdle)
+        dawdle_in(model)
         take = layers.on_record
 
         def keep(record: LayerRecord) -> None:

@@ -33,7 +33,7 @@ def result(seconds_R: list[float], pairs_R: list[float], passes: int) -> JobResu
     records[..., 1] = 1.0
     records[..., 2] = np.array(seconds_R)[:, None, None] * slow_P[None, :, None]
     stamps_ns = np.concatenate([[0], np.cumsum(3 * max(seconds_R) * slow_P)]) * 1e9
-    return JobResult(facts={"stamps_ns": stamps_ns.tolist()}, records_RPLN=records, load_PLE=None)
+    return JobResult(facts={"stamps_ns": stamps_ns.tolist()}, records_RPLN=records, load_RPLE=None)
 
 
 def test_a_summary_takes_the_slowest_rank_of_each_layer_and_leaves_warm_up_out() -> None:
