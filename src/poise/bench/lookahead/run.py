@@ -7,21 +7,17 @@ correlation table; ``engine``: the same in the engine, with the model widened.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from poise.bench.lookahead import ceiling, choice, domains, engine, prefetch, quality
 from poise.bench.lookahead.tables import tables
-from poise.bench.machine import stamp
 from poise.bench.offload.case import work_directory
-from poise.bench.parts import Parts, say
-from poise.bench.results import document, write_result
+from poise.bench.parts import Parts
+from poise.bench.publish import publish
 
 NAME = "lookahead"
 PARTS = ("choice", "quality", "ceiling", "domains", "prefetch", "engine")
@@ -41,12 +37,5 @@ def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), st
     }
     done.run(measures)
     results: Mapping[str, Any] = {"model": "tiny-moe", "parts": done.results()}
-    facts = stamp(environment={"OMP_NUM_THREADS": "1"})
-    if json_output:
-        print(json.dumps(document(NAME, facts, results)))
-    else:
-        for table in tables(results["parts"]):
-            Console().print(table)
-    if output is not None:
-        say(f"Wrote {write_result(output, NAME, facts, results, today=date.today())}")
+    publish(NAME, results, tables, output=output, json_output=json_output)
     done.raise_if_failed()

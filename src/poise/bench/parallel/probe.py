@@ -6,18 +6,13 @@ the kernel limits their links where a part says so. Needs root; a part without i
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from poise.bench.cluster.layout import GBIT_PER_S, ClusterLayout, four_unequal_ranks, slow_link, two_ranks
-from poise.bench.machine import stamp
 from poise.bench.parallel.case import (
     Case,
     bundled_case,
@@ -33,8 +28,9 @@ from poise.bench.parallel.contest import MOVERS, ORACLE, PROBE, PROBE_VIBE, STAT
 from poise.bench.parallel.distilled import distilled
 from poise.bench.parallel.probe_tables import tables
 from poise.bench.parallel.session import Session
-from poise.bench.parts import Parts, say
-from poise.bench.results import document, write_result
+from poise.bench.parts import Parts
+from poise.bench.publish import publish
+from poise.bench.scratch import Scratch
 
 NAME = "parallel-probe"
 STEPS = 12
@@ -179,17 +175,10 @@ def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), st
     """Each part takes 1 to 4 minutes."""
     directory = work_directory()
     done = Parts(directory, NAME, order=PARTS, wanted=parts)
-    with tempfile.TemporaryDirectory(prefix="poise-bench-") as scratch:
-        done.run(_Suite(directory, Path(scratch), steps or STEPS).parts_of(widened_case(directory)))
+    with Scratch() as scratch:
+        done.run(_Suite(directory, scratch.path, steps or STEPS).parts_of(widened_case(directory)))
     results = {"parts": done.results()}
-    facts = stamp(environment={"OMP_NUM_THREADS": "1"})
-    if json_output:
-        print(json.dumps(document(NAME, facts, results)))
-    else:
-        for table in tables(results["parts"]):
-            Console().print(table)
-    if output is not None:
-        say(f"Wrote {write_result(output, NAME, facts, results, today=date.today())}")
+    publish(NAME, results, tables, output=output, json_output=json_output)
     done.raise_if_failed()
 
 

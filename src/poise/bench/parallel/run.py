@@ -7,23 +7,18 @@ cores, so that ranks wait for their quota and not for each other. Needs root; a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from poise.bench.cluster.layout import four_unequal_ranks, two_ranks
-from poise.bench.machine import stamp
 from poise.bench.parallel import change, exactness, halves, scaling, unequal, watching
 from poise.bench.parallel.case import Case, bundled_case, equal_ranks, random_case, widened_case, work_directory
 from poise.bench.parallel.session import Session
 from poise.bench.parallel.tables import tables
 from poise.bench.parts import Parts, say
-from poise.bench.results import document, write_result
+from poise.bench.publish import publish
 from poise.bench.scratch import Scratch
 
 NAME = "parallel"
@@ -41,14 +36,7 @@ def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), st
     with Scratch() as scratch:
         done.run(_measures(widened, random, bundled_case(directory), scratch.path, steps or STEPS))
     results = {"parts": done.results()}
-    facts = stamp(environment={"OMP_NUM_THREADS": "1"})
-    if json_output:
-        print(json.dumps(document(NAME, facts, results)))
-    else:
-        for table in tables(results["parts"]):
-            Console().print(table)
-    if output is not None:
-        say(f"Wrote {write_result(output, NAME, facts, results, today=date.today())}")
+    publish(NAME, results, tables, output=output, json_output=json_output)
     done.raise_if_failed()
 
 
