@@ -77,10 +77,9 @@ def run_passes(launch: Launch, path: Path, batches: list[torch.Tensor]) -> tuple
     with ParallelLLM(path, launch, memory="2GiB", patience=Patience(start_s=60, behind_s=60)) as llm:
         model = llm.runner.model
         modules = find_experts(model, model.config.model_type)
-        assert llm._migration is not None
         courier = Courier()
         runner = ParallelRunner(
-            model, modules, llm.group, llm.runner.layers, llm._migration, courier=courier, top_k=TOP_K
+            model, modules, llm.group, llm.runner.layers, llm.runtime.migration, courier=courier, top_k=TOP_K
         )
         logits = []
         if launch.rank == 0:

@@ -11,47 +11,31 @@ from pathlib import Path
 from types import TracebackType
 
 import poise
-from poise.engine.balances import Balances
 from poise.engine.balancing import Balancing
 from poise.engine.batch import Row
-from poise.engine.blueprint import Options, draw_up
-from poise.engine.first_placement import contiguous_for, curves_of, device_of, digest_of, opened, placed_by_speed
 from poise.engine.footprint import return_freed_memory
 from poise.engine.loop import Listeners, Loop, OnProgress
 from poise.engine.parallel_call import Call, as_text, from_text
 from poise.engine.parallel_runner import Agreement, ParallelRunner
-from poise.engine.planning import SHORTEST, workload_of
-from poise.engine.probe import probe
+from poise.engine.planning import workload_of
 from poise.engine.prompts import as_list, params_for
-from poise.engine.rank_blueprint import for_ranks, shard_bytes_of
-from poise.engine.rank_device import budget_for, device_for, peak_bytes_on
-from poise.engine.rank_recorder import RankRecorder
+from poise.engine.rank_blueprint import RankOptions, draw_up_for_rank
+from poise.engine.rank_device import peak_bytes_on
+from poise.engine.rank_runtime import RankRuntime
 from poise.engine.request import Progress, Prompt, RequestOutput
 from poise.engine.sampling import SamplingParams
 from poise.engine.shares import deal
-from poise.engine.stepwise import stepwise
-from poise.engine.vibe import Vibe
-from poise.errors import CheckpointError, UsageError
-from poise.model.dense import load_dense
+from poise.errors import CheckpointError
 from poise.model.fingerprint import weights_fingerprint
 from poise.model.int4_making import OnMade
-from poise.model.seam import attach
-from poise.model.weights import converter_for
-from poise.parallel.courier import Courier
-from poise.parallel.exchange import TokenExchange
 from poise.parallel.group import RankGroup
 from poise.parallel.handshake import facts_of, heard_by_others
 from poise.parallel.launch import Launch
-from poise.parallel.migration import Migration
-from poise.parallel.moe_layer import ExpertParallelLayers
-from poise.parallel.rank_experts import OnLoaded, RankExperts, experts_of
-from poise.parallel.routes import Copies
-from poise.parallel.step_balance import StepBalance
+from poise.parallel.rank_experts import OnLoaded
 from poise.parallel.step_options import StepOptions
 from poise.parallel.timelines import RankTimeline, gather_timelines
 from poise.parallel.watch import Patience
 from poise.plan.pipeline import PipelinePlan
-from poise.plan.rank_costs import RankCosts
 from poise.plan.rebalance import Rebalance
 from poise.report.rank_figures import RankFigures
 from poise.report.step_figures import StepFigures
@@ -99,114 +83,41 @@ class ParallelLLM:
         on_made: OnMade | None = None,
     ) -> None:
         self._group: RankGroup | None = None
-        self._experts: RankExperts | None = None
-        self._migration: Migration | None = None
-        self._courier = Courier()
-        self._balancing: Balancing | None = None
-        self._step_balance: StepBalance | None = None
         self._plan: PipelinePlan | None = None
         self._last: Progress | None = None
         self._timelines: tuple[RankTimeline, ...] = ()
         self._calls = 0
+        options = RankOptions(
+            memory=memory,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            machine=machine,
+            balance=balance,
+            policy=policy,
+            steps=steps,
+            redundant_slots=redundant_slots,
+            placement=placement,
+            groups=groups,
+        )
         with heard_by_others(launch):
-            self._balances = balances = Balances.of(balance, policy, steps)
-            if redundant_slots is None:
-                redundant_slots = balances.redundant_slots
             return_freed_memory()
-            devices = opened(machine)
-            own = device_of(devices, launch.rank)
-            self._device = device_for(device, launch.local_rank)
-            if self._device.type == "cuda" and quantize != "none":
-                raise UsageError("quantize 'int4' is computed on CPUs only; leave it out, or give device cpu")
-            if self._device.type == "cuda" and balances.steps is not None:
-                raise UsageError("balance 'probe' runs on CPUs only; give another balance, or device cpu")
-            asked = Options(
-                memory=budget_for(memory, self._device, local_ranks=launch.local_ranks),
-                device=self._device.type,
-                dtype=dtype,
-                groups=groups,
-                quantize=quantize,
-                machine=own,
-                experts_stay=True,
-            )
-            drawn = draw_up(model, asked, on_made=on_made or _nobody, waits=True)
-            self._curves: RankCosts | None = None
-            first = placement or contiguous_for(drawn, launch.num_ranks, redundant_slots)
-            if devices is not None and balances.uses_speed:
-                self._curves = curves_of(devices, drawn, launch.num_ranks)
-            if self._curves is not None and isinstance(balances.policy, Vibe):
-                first = placement or placed_by_speed(first, self._curves, top_k=drawn.spec.top_k)
-            self.placement = first
-            self._blueprint = for_ranks(drawn, self.placement, replica_slots=balances.replica_slots)
-            self._drawn = drawn
-            options = {
-                "dtype": drawn.dtype.dtype,
-                "quantize": quantize,
-                "device": self._device.type,
-                "machine": digest_of(devices),
-                "redundant slots": redundant_slots,
-                "balance": balances.policy or "static",
-                "steps": balances.steps or "as they are",
-            }
+            planned = draw_up_for_rank(model, launch, options, on_made=on_made)
+            self.placement = planned.placement
             facts = facts_of(
-                weights_fingerprint(drawn.checkpoint), self.placement, version=poise.__version__, options=options
+                weights_fingerprint(planned.drawn.checkpoint),
+                planned.placement,
+                version=poise.__version__,
+                options=planned.compared,
             )
-        self._group = RankGroup(launch, facts, patience=patience, device=self._device)
+        self._group = RankGroup(launch, facts, patience=patience, device=planned.device)
+        self.runtime = RankRuntime(self._group, planned, tell=self._tell, on_agreement=self._hear)
+        """What runs, for measurements beside ``generate``."""
         try:
-            self._load(on_loaded)
+            self.runtime.load(on_loaded)
         except BaseException as error:
             self.close(error)
             raise
-
-    def _load(self, on_loaded: OnLoaded | None) -> None:
-        """Reads dense weights and this rank's experts; returns when all ranks have."""
-        drawn, group, placement, balances = self._blueprint, self.group, self.placement, self._balances
-        drawn.plan(SHORTEST)  # raises BudgetError where a rank's part does not fit
-        load_dense(drawn.model, drawn.checkpoint, drawn.layout, drawn.dtype.dtype, group.device)
-        slots = (len(placement.layers) + 1) * placement.slots_per_rank
-        sources_LE = drawn.layout.experts_LE
-        attach(drawn.model)
-        self._blueprint = drawn = for_ranks(
-            self._drawn.corrected(probe(drawn.model, group.device)), placement, replica_slots=balances.replica_slots
-        )
-        self._experts = RankExperts(sources_LE, capacity=slots, convert=converter_for(drawn.model), device=group.device)
-        held_L = experts_of(placement, group.rank)
-        self._experts.load(
-            ((layer, expert) for layer, held in enumerate(held_L) for expert in sorted(held)), on_loaded=on_loaded
-        )
-        group.meet("done reading")  # what follows waits for all ranks, and would not hear Ctrl-C
-        self._migration = Migration(group, self._experts, placement)
-        modules_L = [drawn.model.get_submodule(module.name) for module in drawn.modules]
-        copies_L = [
-            Copies.of(row_S, num_experts=placement.num_experts, num_ranks=placement.ranks).to(group.device)
-            for row_S in placement.slot_to_expert_LS
-        ]
-        dtype = drawn.dtype.dtype
-        exchange = TokenExchange(group, hidden=drawn.spec.hidden, top_k=drawn.spec.top_k, dtype=dtype)
-        layers = ExpertParallelLayers(modules_L, self._experts, exchange, copies_L, rank=group.rank)
-        self._recorder = RankRecorder(group, len(modules_L))
-        self._runner = ParallelRunner(
-            drawn.model,
-            drawn.modules,
-            group,
-            layers,
-            self._migration,
-            courier=self._courier,
-            recorder=self._recorder,
-            top_k=drawn.spec.top_k,
-            tell=self._tell,
-            on_agreement=self._hear,
-        )
-        if balances.policy is not None:
-            self._balancing = Balancing(group, layers, self._migration, balances.policy, curves=self._curves)
-            self._balancing.get_ready()
-        if balances.steps is not None:
-            self._step_balance = stepwise(
-                group, self._experts, self._migration, balances.steps, drawn, curves=self._curves
-            )
-            self._step_balance.get_ready()
-            layers.balance, self._recorder.balances_steps = self._step_balance, True
-        group.meet("loaded")
 
     @property
     def group(self) -> RankGroup:
@@ -217,7 +128,7 @@ class ParallelLLM:
     @property
     def runner(self) -> ParallelRunner:
         """The passes, for measurements beside ``generate``."""
-        return self._runner
+        return self.runtime.runner
 
     @property
     def last_progress(self) -> Progress | None:
@@ -227,12 +138,12 @@ class ParallelLLM:
     @property
     def figures(self) -> RankFigures | None:
         """How even the ranks were in the last call of ``generate``, and where their time went; None except on rank 0."""
-        return self._recorder.figures
+        return self.runtime.recorder.figures
 
     @property
     def step_figures(self) -> StepFigures | None:
         """What balancing each step did in that call; None except on rank 0, and where steps are not balanced."""
-        return self._recorder.step_figures
+        return self.runtime.recorder.step_figures
 
     @property
     def timelines(self) -> tuple[RankTimeline, ...]:
@@ -241,7 +152,8 @@ class ParallelLLM:
 
     def describe(self) -> dict[str, object]:
         """Plain numbers about the model, the ranks and, after a call of ``generate``, this rank's plan."""
-        drawn, placement, plan = self._blueprint, self.placement, self._plan
+        planned, placement, plan = self.runtime.planned, self.placement, self._plan
+        drawn = planned.blueprint
         facts: dict[str, object] = {
             "architecture": drawn.spec.architecture,
             "ranks": placement.ranks,
@@ -250,10 +162,10 @@ class ParallelLLM:
             "slots_per_rank": placement.slots_per_rank,
             "top_k": drawn.spec.top_k,
             "dense_bytes": drawn.spec.dense_bytes,
-            "shard_bytes": shard_bytes_of(drawn, placement, replica_slots=self._balances.replica_slots),
+            "shard_bytes": planned.shard_bytes,
             "dtype": drawn.spec.dtype,
             "dtype_reason": drawn.dtype.reason,
-            "balance": self._balances.name,
+            "balance": planned.balances.name,
             "budget_bytes": drawn.budget_bytes,
             "base_bytes": drawn.base_bytes,
         }
@@ -264,22 +176,22 @@ class ParallelLLM:
     @property
     def balancing(self) -> Balancing | None:
         """What was observed of the ranks, and what moved; None where experts stay where they are."""
-        return self._balancing
+        return self.runtime.balancing
 
     @property
     def budget_bytes(self) -> int:
         """What everything that this rank adds after the imports may take."""
-        return self._blueprint.budget_bytes
+        return self.runtime.blueprint.budget_bytes
 
     @property
     def base_bytes(self) -> int:
         """What this rank's process held before the model began to load."""
-        return self._blueprint.base_bytes
+        return self.runtime.blueprint.base_bytes
 
     @property
     def peak_bytes(self) -> int:
         """Largest resident set of this rank's process since the model began to load; on a GPU, of what was taken there."""
-        return peak_bytes_on(self._device, base_bytes=self._blueprint.base_bytes)
+        return peak_bytes_on(self.runtime.planned.device, base_bytes=self.runtime.blueprint.base_bytes)
 
     def generate(
         self,
@@ -315,7 +227,7 @@ class ParallelLLM:
 
     def _rows(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Row]:
         asked = zip(prompts, params, strict=True)
-        return [self._blueprint.row(index, prompt, each) for index, (prompt, each) in enumerate(asked)]
+        return [self.runtime.blueprint.row(index, prompt, each) for index, (prompt, each) in enumerate(asked)]
 
     def _take_part(
         self,
@@ -329,24 +241,24 @@ class ParallelLLM:
         group = self.group
         self._call = call = Call(group, prompts, number=self._calls, on_result=on_result, on_progress=on_progress)
         self._calls += 1
-        self._recorder.begin()
-        self._runner.timeline = timeline = Timeline() if with_timeline else None
+        self.runtime.recorder.begin()
+        self.runtime.runner.timeline = timeline = Timeline() if with_timeline else None
         mine = deal([row.total_tokens for row in rows], group.num_ranks)[group.rank]
         if mine:
             self._run([rows[index] for index in mine], call)
-        self._runner.join()
-        self._runner.timeline = None
-        self._recorder.gather()
+        self.runtime.runner.join()
+        self.runtime.runner.timeline = None
+        self.runtime.recorder.gather()
         self._timelines = () if timeline is None else gather_timelines(group, timeline.spans)
         return call
 
     def _run(self, rows: Sequence[Row], call: Call) -> None:
         """This rank's share of a call."""
-        drawn = self._blueprint
+        drawn = self.runtime.blueprint
         self._plan = plan = drawn.plan(workload_of(rows))
         pad_id = min((token for token in drawn.end_tokens if 0 <= token < drawn.spec.vocabulary), default=0)
         group = self.group
-        loop = Loop(self._runner, plan.group, rows, eos=drawn.end_tokens, pad_id=pad_id, device=group.device)
+        loop = Loop(self.runner, plan.group, rows, eos=drawn.end_tokens, pad_id=pad_id, device=group.device)
         try:
             loop.run(Listeners(on_row=call.finished, on_progress=call.advanced))
         except FloatingPointError as error:
@@ -358,22 +270,19 @@ class ParallelLLM:
         if group is None:
             return
         try:
-            if error is None and self._migration is not None:
+            if error is None and self.runtime.is_loaded:
                 if group.is_first:
                     group.put(f"call/{self._calls}", _END)
-                self._migration.wind_up()
+                self.runtime.migration.wind_up()
         except BaseException as failure:
             error = failure
             raise
         finally:
             if error is not None:
                 group.give_up(error)
-            for owned in (self._balancing, self._step_balance, self._migration, self._courier):
-                if owned is not None:
-                    owned.close()
+            self.runtime.close()
             group.__exit__(None if error is None else type(error), error, None)
-            if self._experts is not None:
-                self._experts.close()
+            self.runtime.free()
 
     def __enter__(self) -> ParallelLLM:
         return self
@@ -384,16 +293,13 @@ class ParallelLLM:
         self.close(error)
 
     def _tell(self) -> Sequence[int]:
-        proposes = self._balancing is not None and self.group.is_first and self._balancing.has_proposal
+        balancing = self.balancing
+        proposes = balancing is not None and self.group.is_first and balancing.has_proposal
         return int(proposes), *self._call.told()
 
     def _hear(self, agreement: Agreement) -> None:
-        if self._recorder.is_full:
-            self._recorder.gather()
-        if self._balancing is not None:
-            self._balancing.step(proposed=bool(agreement.told_RN[0][0]))
+        if self.runtime.recorder.is_full:
+            self.runtime.recorder.gather()
+        if self.balancing is not None:
+            self.balancing.step(proposed=bool(agreement.told_RN[0][0]))
         self._call.heard([told for _, *told in agreement.told_RN])
-
-
-def _nobody(done: int, total: int) -> None:
-    """Is told of a 4-bit store that is made, where rank 0 shows it."""
