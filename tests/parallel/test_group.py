@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from poise.errors import RanksError
+from poise.parallel.carrier import GLOO_THROUGH_HOST
 from poise.parallel.group import RankGroup
 from poise.parallel.launch import Launch
 from poise.parallel.watch import Patience
@@ -159,6 +160,22 @@ def join(launch: Launch, facts_R: list[dict[str, str]], absent: int | None, star
 
 def test_ranks_that_agree_become_a_group(tmp_path: Path) -> None:
     assert start_ranks(join, 2, tmp_path, [FACTS] * 2, None, 20.0).results() == [1, 1]
+
+
+def exchange_through_host(launch: Launch) -> tuple[list[int], list[int], list[int]]:
+    """As ranks do that share a GPU: all goes through other memory."""
+    with RankGroup(launch, FACTS, patience=QUICK, carrier=GLOO_THROUGH_HOST) as group:
+        mine, came = torch.tensor([10 * group.rank, 10 * group.rank + 1]), torch.zeros(2, dtype=torch.int64)
+        group.all_to_all(came, mine, [1, 1], [1, 1])
+        channel, moved = group.open_channel(), torch.zeros(2, dtype=torch.int64)
+        channel.send(mine, 1) if group.rank == 0 else channel.receive(moved, 0)
+        return came.tolist(), group.all_gather(mine)[:, 1].tolist(), moved.tolist()
+
+
+def test_exchanges_through_other_memory_bring_the_same(tmp_path: Path) -> None:
+    first, second = start_ranks(exchange_through_host, 2, tmp_path).results()
+    assert first == ([0, 10], [1, 11], [0, 0])
+    assert second == ([1, 11], [1, 11], [0, 1])
 
 
 @pytest.mark.parametrize(

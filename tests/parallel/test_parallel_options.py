@@ -67,7 +67,7 @@ def open_on(launch: Launch, path: Path, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "message"), [("cuda", "GPUs that torch can use"), ("tpu", "device 'tpu' is not known")]
+    ("device", "message"), [("cuda", "no GPU that torch can use"), ("tpu", "device 'tpu' is not known")]
 )
 def test_a_device_that_is_not_there_is_refused_in_one_line(
     device: str, message: str, checkpoint: MakeCheckpoint, tmp_path: Path

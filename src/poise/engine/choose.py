@@ -32,7 +32,7 @@ def choose_token(logits_V: torch.Tensor, params: SamplingParams, generator: torc
         raise FloatingPointError(f"the largest of the logits is {float(logits_V[best])}")
     if generator is None:
         return best
-    scores = logits_V.float()[None]
+    scores = logits_V.float().cpu()[None]  # where the sequence's own randomness is
     ids = torch.empty(1, 0, dtype=torch.long)
     if params.temperature != 1.0:
         scores = TemperatureLogitsWarper(params.temperature)(ids, scores)

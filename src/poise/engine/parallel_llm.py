@@ -110,7 +110,7 @@ class ParallelLLM:
                 version=poise.__version__,
                 options=planned.compared,
             )
-        self._group = RankGroup(launch, facts, patience=patience, device=planned.device)
+        self._group = RankGroup(launch, facts, patience=patience, device=planned.device, carrier=planned.carrier)
         self.runtime = RankRuntime(self._group, planned, tell=self._tell, on_agreement=self._hear)
         """What runs, for measurements beside ``generate``."""
         try:
@@ -157,6 +157,8 @@ class ParallelLLM:
         facts: dict[str, object] = {
             "architecture": drawn.spec.architecture,
             "ranks": placement.ranks,
+            "device": str(planned.device),
+            "exchanges": str(planned.carrier),
             "moe_layers": len(drawn.spec.moe_layers),
             "experts_per_layer": placement.num_experts,
             "slots_per_rank": placement.slots_per_rank,

@@ -21,6 +21,7 @@ from poise.engine.rank_recorder import RankRecorder
 from poise.engine.runner import ForwardInputs
 from poise.model.inspect import ExpertsModule
 from poise.model.seam import Forward, Parked, attach
+from poise.model.streams import settle
 from poise.offload.kv_stream import KvStream
 from poise.parallel.courier import Courier
 from poise.parallel.group import RankGroup
@@ -204,6 +205,7 @@ class ParallelRunner:
         began_ns = perf_counter_ns()
         step()
         if self.timeline is not None:
+            settle(self._group.device)
             self.timeline.add(COMPUTE, "attention", began_ns, layer=layer, batch=batch)
 
     def _parked(self, forward: Forward, mask: torch.Tensor | None, layer: int) -> Parked:
@@ -228,6 +230,7 @@ class ParallelRunner:
         return run
 
     def _count(self, began_s: float) -> None:
+        settle(self._group.device)
         pass_s = perf_counter() - began_s
         self.passes += 1
         self.pass_s += pass_s

@@ -15,10 +15,11 @@ from poise.engine.balances import Balances
 from poise.engine.blueprint import Blueprint, Options, draw_up
 from poise.engine.first_placement import contiguous_for, curves_of, device_of, digest_of, opened, placed_by_speed
 from poise.engine.probe import Probed
-from poise.engine.rank_device import budget_for, device_for
+from poise.engine.rank_device import budget_for, carrier_for, device_for
 from poise.engine.vibe import Vibe
 from poise.errors import UsageError
 from poise.model.int4_making import OnMade
+from poise.parallel.carrier import Carrier
 from poise.parallel.launch import Launch
 from poise.parallel.rank_experts import shard_bytes
 from poise.parallel.replica_slots import replica_bytes
@@ -54,6 +55,7 @@ class RankBlueprint:
 
     balances: Balances
     device: torch.device
+    carrier: Carrier
     drawn: Blueprint
     blueprint: Blueprint
     placement: Placement
@@ -79,7 +81,8 @@ def draw_up_for_rank(
     balances = Balances.of(options.balance, options.policy, options.steps)
     redundant_slots = balances.redundant_slots if options.redundant_slots is None else options.redundant_slots
     machine = opened(options.machine)
-    device = _device(options, balances, launch)
+    device = _device(options, launch)
+    carrier = carrier_for(device, launch)
     asked = Options(
         memory=budget_for(options.memory, device, local_ranks=launch.local_ranks),
         device=device.type,
@@ -99,6 +102,7 @@ def draw_up_for_rank(
     return RankBlueprint(
         balances=balances,
         device=device,
+        carrier=carrier,
         drawn=drawn,
         blueprint=for_ranks(drawn, first, replica_slots=balances.replica_slots),
         placement=first,
@@ -107,6 +111,7 @@ def draw_up_for_rank(
             "dtype": drawn.dtype.dtype,
             "quantize": options.quantize,
             "device": device.type,
+            "exchanges": carrier,
             "machine": digest_of(machine),
             "redundant slots": redundant_slots,
             "balance": balances.policy or "static",
@@ -115,13 +120,11 @@ def draw_up_for_rank(
     )
 
 
-def _device(options: RankOptions, balances: Balances, launch: Launch) -> torch.device:
+def _device(options: RankOptions, launch: Launch) -> torch.device:
     """Where this rank computes. Raises UsageError for what does not run there."""
-    device = device_for(options.device, launch.local_rank)
+    device = device_for(options.device, launch)
     if device.type == "cuda" and options.quantize != "none":
         raise UsageError("quantize 'int4' is computed on CPUs only; leave it out, or give device cpu")
-    if device.type == "cuda" and balances.steps is not None:
-        raise UsageError("balance 'probe' runs on CPUs only; give another balance, or device cpu")
     return device
 
 

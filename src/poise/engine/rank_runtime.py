@@ -54,7 +54,7 @@ class RankRuntime:
         self._group = group
         self._tell, self._on_agreement = tell, on_agreement
         self._experts: RankExperts | None = None
-        self._courier = Courier()
+        self._courier = Courier(group.device)
         self._closes: list[Balancing | StepBalance | Migration | Courier] = [self._courier]
         """Last come, first closed."""
 

@@ -15,6 +15,7 @@ import torch
 from poise.model.experts import expert_forward, padded_rows
 from poise.model.layout import Weights
 from poise.model.seam import Parked
+from poise.model.streams import settle
 from poise.plan.memory import MAX_EXPERT_ROWS
 from poise.spec.timeline import COMPUTE, Timeline
 
@@ -70,6 +71,7 @@ def run_experts(
             output = expert_forward(module, hidden_TH[padded // top_k], weights, weights_P[padded])[: len(pairs)]
             contributions_PH.index_copy_(0, pairs, output.to(contributions_PH.dtype))
         if timeline is not None:
+            settle(hidden_TH.device)
             rows = ends[expert] - begin_of[expert]
             timeline.add(COMPUTE, "expert", began_ns, layer=layer, expert=expert, rows=rows)
         store.release(expert)
@@ -79,7 +81,7 @@ def run_experts(
 
 def _padded(pairs: torch.Tensor, dtype: torch.dtype, weights: Weights) -> torch.Tensor:
     """The choices of one expert, the first repeated at the end up to a row count that occurs often."""
-    more = padded_rows(len(pairs), dtype, weights) - len(pairs)
+    more = 0 if pairs.is_cuda else padded_rows(len(pairs), dtype, weights) - len(pairs)
     return torch.nn.functional.pad(pairs, (0, more), value=int(pairs[0])) if more else pairs
 
 

@@ -1,8 +1,8 @@
 """The ranks of a job as one group: they meet, compare what they run, exchange tensors, and end together.
 
-``torch.distributed`` carries everything: NCCL between GPUs, Gloo between CPUs, by the same calls. Waiting for an exchange
-lets Ctrl-C through and ends when a rank is lost (``parallel.watch``). A rank that leaves with an error says so first, so that
-the others end at once and with its reason.
+``torch.distributed`` carries everything, by the same calls whatever is below (``parallel.carrier``). The host waits for every
+exchange, on GPUs too, so that what an exchange took is known, Ctrl-C comes through, and the wait ends when a rank is lost
+(``parallel.watch``). A rank that leaves with an error says so first, so that the others end at once and with its reason.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from poise.errors import RankLostError
+from poise.parallel.carrier import GLOO, GLOO_THROUGH_HOST, Carrier
 from poise.parallel.handshake import shake_hands, wait_for_keys
 from poise.parallel.launch import Launch
 from poise.parallel.watch import Patience, Watch
@@ -28,12 +29,15 @@ logger = logging.getLogger(__name__)
 
 _SLICE = timedelta(milliseconds=200)
 """How long a wait keeps signals and verdicts waiting."""
+SPIN_S, NAP_S = 2e-3, 50e-6
+"""Waiting for a GPU: at first without a pause, as exchanges take some 50 us, then looking so often."""
 
 
 class RankGroup:
     """This rank among the others. A context manager; one at a time in a process, opened on the main thread.
 
-    ``facts``: what all ranks must have in common (``handshake.facts_of``). Raises RanksError where they do not, or do not meet.
+    ``facts``: what all ranks must have in common (``handshake.facts_of``), the ``carrier`` among them. Raises RanksError where
+    they do not, or do not meet.
     """
 
     def __init__(
@@ -43,10 +47,12 @@ class RankGroup:
         *,
         patience: Patience | None = None,
         device: torch.device | None = None,
+        carrier: Carrier = GLOO,
     ) -> None:
         self._patience = patience = patience or Patience()
         self.rank, self.num_ranks = launch.rank, launch.num_ranks
         self.device = device or torch.device("cpu")
+        self.carrier = carrier
         self._launch = launch
         self._store = launch.connect(timeout_s=patience.start_s)
         self._told_to_end = False
@@ -62,15 +68,14 @@ class RankGroup:
             raise
 
     def _open(self) -> None:
-        self._backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(
-                self._backend,
+                self.carrier.backend,
                 store=PrefixStore("collectives", self._store),
                 rank=self.rank,
                 world_size=self.num_ranks,
                 timeout=timedelta(seconds=4 * self._patience.behind_s),  # the watch is there to end waits, and says why
-                device_id=self.device if self._backend == "nccl" else None,
+                device_id=self.device if self.carrier.backend == "nccl" else None,
             )
         except RuntimeError as error:
             raise self._watching.explain(_first_line(error)) from None
@@ -99,24 +104,27 @@ class RankGroup:
         ``meanwhile`` is called while they travel.
         """
         self._enter()
+        place, taken = self.carrier.place_for(received), self.carrier.taken(sent)
         try:
-            work = dist.all_to_all_single(received, sent, list(received_R), list(sent_R), async_op=True)
+            work = dist.all_to_all_single(place, taken, list(received_R), list(sent_R), async_op=True)
         except RuntimeError as error:
             raise self._watching.explain(_first_line(error)) from None
         if meanwhile is not None:
             meanwhile()
         self._wait(work)
+        self.carrier.put_back(place, received)
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         """Everybody's tensor of one shape, stacked along a new first dimension: shape (R, *mine.shape)."""
         self._enter()
-        gathered = [torch.empty_like(mine) for _ in range(self.num_ranks)]
+        taken = self.carrier.taken(mine)
+        gathered = [torch.empty_like(taken) for _ in range(self.num_ranks)]
         try:
-            work = dist.all_gather(gathered, mine, async_op=True)
+            work = dist.all_gather(gathered, taken, async_op=True)
         except RuntimeError as error:
             raise self._watching.explain(_first_line(error)) from None
         self._wait(work)
-        return torch.stack(gathered)
+        return torch.stack(gathered).to(self.device)
 
     def put(self, key: str, value: str) -> None:
         """Leaves a text for another rank in the store. Not for much: all of it goes through one process."""
@@ -149,8 +157,11 @@ class RankGroup:
                     self.check()
 
     def open_channel(self) -> Channel:
-        """All ranks at once: a process group of its own, for one other thread."""
-        return Channel(dist.new_group(backend=self._backend, timeout=timedelta(seconds=4 * self._patience.behind_s)))
+        """All ranks at once: a process group of its own, for one other thread. A GPU's tensors go through host memory, as NCCL
+        promises no progress where two threads use it at once."""
+        carrier = GLOO if self.device.type == "cpu" and not self.carrier.through_host else GLOO_THROUGH_HOST
+        group = dist.new_group(backend=carrier.backend, timeout=timedelta(seconds=4 * self._patience.behind_s))
+        return Channel(group, carrier)
 
     def explain(self, error: Exception) -> RankLostError:
         """Why a transfer on a channel broke: waits for the verdict about a rank that is gone, else ends all for ``error``."""
@@ -176,10 +187,8 @@ class RankGroup:
         self._watching.enter()
 
     def _wait(self, work: dist.Work) -> None:
-        if self._backend == "nccl":
-            work.wait()  # orders streams; the host does not wait here
-            self._watching.leave()
-            return
+        if self.carrier.backend == "nccl":
+            self._look_until_done(work)
         while True:
             was_completed = work.is_completed()
             try:
@@ -191,6 +200,16 @@ class RankGroup:
             else:
                 self._watching.leave()
                 return
+
+    def _look_until_done(self, work: dist.Work) -> None:
+        """NCCL's own wait keeps streams waiting, not the host, or the host without an end."""
+        began_s = looked_s = time.monotonic()
+        while not work.is_completed():
+            now_s = time.monotonic()
+            time.sleep(NAP_S if now_s - began_s > SPIN_S else 0.0)  # other threads want to run as well
+            if now_s - looked_s > _SLICE.total_seconds():
+                looked_s = now_s
+                self.check()
 
     def check(self) -> None:
         """Raises RankLostError if the job is lost or this process was told to end. Every exchange begins with it."""
@@ -240,23 +259,23 @@ class RankGroup:
 class Channel:
     """Tensors from rank to rank on a thread of their own. Blocking; RuntimeError when the other side is gone."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup | None, carrier: Carrier) -> None:
+        self._group, self._carrier = group, carrier
 
     def send(self, tensor: torch.Tensor, rank: int) -> None:
         """Returns when the tensor may be overwritten."""
-        _finish(dist.isend(tensor, group=self._group, group_dst=rank), tensor)
+        _finish(dist.isend(self._carrier.taken(tensor), group=self._group, group_dst=rank))
 
     def receive(self, tensor: torch.Tensor, rank: int) -> None:
         """Fills the tensor with what ``rank`` sends."""
-        _finish(dist.irecv(tensor, group=self._group, group_src=rank), tensor)
+        place = self._carrier.place_for(tensor)
+        _finish(dist.irecv(place, group=self._group, group_src=rank))
+        self._carrier.put_back(place, tensor)
 
 
-def _finish(work: dist.Work | None, tensor: torch.Tensor) -> None:
+def _finish(work: dist.Work | None) -> None:
     assert work is not None, "this rank is in the group"
     work.wait()
-    if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def _said(error: BaseException) -> str:

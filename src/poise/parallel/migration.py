@@ -14,6 +14,7 @@ from time import perf_counter, sleep
 
 import torch
 
+from poise.model.streams import beside
 from poise.parallel.changes import Arrival, LayerChange, changes_between, ranks_of
 from poise.parallel.group import Channel, RankGroup
 from poise.parallel.rank_experts import RankExperts
@@ -148,6 +149,10 @@ class Migration:
         return [arrival for arrival in change.arrivals if arrival.to_rank == self._rank]
 
     def _work(self) -> None:
+        with beside(self._group.device):
+            self._work_off()
+
+    def _work_off(self) -> None:
         while True:
             with self._has_changed:
                 while not self._closed and self._arrived >= self._limit:
@@ -211,5 +216,4 @@ def _sending_s(group: RankGroup, nbytes: int) -> float:
     for _ in range(2):  # the first one opens connections
         began_s = perf_counter()
         group.all_to_all(came, sent, from_R, to_R)
-        came[:1].tolist()  # where exchanges are queued, waits for this one
     return (perf_counter() - began_s) * nbytes / tried

@@ -19,6 +19,7 @@ from torch import nn
 from poise.model.layout import Weights
 from poise.model.moe_layer import joined, real_choices_TK, run_experts
 from poise.model.seam import Parked
+from poise.model.streams import settle
 from poise.parallel.exchange import Received, TokenExchange
 from poise.parallel.rank_experts import RankExperts
 from poise.parallel.routes import Copies, Routes, route
@@ -144,6 +145,8 @@ class ExpertParallelLayers:
 
     def prepare(self, parked: Sequence[Parked], real: Sequence[torch.Tensor | None], *, layer: int) -> Turn:
         """The first of the four steps of ``run``: where the tokens go. No exchange."""
+        for entry in parked[:1]:
+            settle(entry.hidden_TH.device)  # what comes before is not this layer's time
         began_s = perf_counter()
         hidden_TH, choice_TK, weights_TK = self._joined(parked, real)
         if self.counts_LE is not None:
@@ -258,12 +261,8 @@ class ExpertParallelLayers:
             top_k_index_TK=experts_MK[:, :most],
             top_k_weights_TK=received.weights_MK.gather(1, place_MK)[:, :most],
         )
-        if received.hidden_MH.is_cuda:
-            torch.cuda.synchronize(received.hidden_MH.device)  # times are of what is computed, not of what is queued
-            began_s = perf_counter()
         (partial_MH,) = run_experts(_InTurn(held, active), [entry], [None], layer=layer, timeline=self.timeline)
-        if partial_MH.is_cuda:
-            torch.cuda.synchronize(partial_MH.device)
+        settle(partial_MH.device)  # times are of what is computed, not of what is queued
         return Computed(partial_MH, int(counts_E.sum()), len(active), perf_counter() - began_s)
 
 
@@ -272,10 +271,10 @@ def travel_of(received: Received, rank: int, pairs: int) -> Travel:
     routes = received.routes
     begin = sum(routes.sent_R[:rank])
     is_here_NK = routes.experts_NK < routes.num_experts
-    own = int(is_here_NK[begin : begin + routes.sent_R[rank]].sum())
+    here, own = torch.stack([is_here_NK.sum(), is_here_NK[begin : begin + routes.sent_R[rank]].sum()]).tolist()
     return Travel(
         rows_out=len(routes.token_N) - routes.sent_R[rank],
-        pairs_out=int(is_here_NK.sum()) - own,
+        pairs_out=here - own,
         rows_in=sum(received.received_R) - received.received_R[rank],
         pairs_in=pairs - own,
     )
