@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 
 from poise.parallel.replica_fetch import Wanted
-from poise.parallel.replica_track import ReplicaTrack
+from poise.parallel.replica_staging import Landing, Outlet
+from poise.parallel.replica_track import ReplicaTrack, Serve
+from poise.parallel.replica_wire import Message
 from poise.spec.timeline import PREFETCH, Timeline
 
 CHUNK = 1000
@@ -28,16 +31,16 @@ class Side:
 
 
 @contextmanager
-def two_sides(**options: bool) -> Iterator[tuple[Side, Side]]:
+def two_sides(*, through_host: bool = False, **options: bool) -> Iterator[tuple[Side, Side]]:
     first, second = socket.socketpair()
     sides: list[Side] = []
 
-    def serve_of(rank: int) -> Callable[[int, int], memoryview | None]:
-        def serve(layer: int, expert: int) -> memoryview | None:
+    def serve_of(rank: int) -> Serve:
+        def run_of(layer: int, expert: int) -> torch.Tensor | None:
             sides[rank].asked.append((layer, expert))
-            return None if expert == 99 else memoryview(content(rank, layer, expert))
+            return None if expert == 99 else torch.frombuffer(content(rank, layer, expert), dtype=torch.uint8)
 
-        return serve
+        return Outlet(run_of, torch.device("cpu"), through_host=through_host).chunk
 
     for rank, sock in enumerate((first, second)):
         sides.append(Side(ReplicaTrack({1 - rank: sock}, serve_of(rank), chunk_bytes=CHUNK, **options)))
@@ -55,6 +58,13 @@ def content(rank: int, layer: int, expert: int) -> bytearray:
 
 def wanted(expert: int, source: int = 1) -> Wanted:
     return Wanted(expert=expert, source=source, run=memoryview(bytearray(EXPERT_BYTES)))
+
+
+def landing_at(expert: int, source: int = 1) -> tuple[Wanted, torch.Tensor]:
+    """By way of other memory; the slot that it lands in."""
+    host, slot = torch.zeros(2, EXPERT_BYTES, dtype=torch.uint8)
+    landing = Landing(host, slot, stream=None, behind=None)
+    return Wanted(expert=expert, source=source, run=host.numpy().data, landing=landing), slot
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -81,6 +91,39 @@ def test_replicas_arrive_byte_for_byte_in_both_directions_at_once() -> None:
         assert here.track.cpu_s > 0
 
 
+def test_replicas_of_gpus_come_by_way_of_host_memory() -> None:
+    with two_sides(through_host=True) as (here, there):
+        (first, first_slot), (second, second_slot) = landing_at(3), landing_at(5)
+        here.track.fetch(2, [first, second])
+        until(lambda: len(there.asked) == 22 and here.track.waits_since_s is None)
+        assert here.track.end_fetch().arrived == (True, True)
+        assert first_slot.numpy().tobytes() == content(1, 2, 3)
+        assert second_slot.numpy().tobytes() == content(1, 2, 5)
+
+
+def test_a_replica_that_is_not_in_its_slot_yet_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Landing, "is_done", False)
+    with two_sides() as (here, there):
+        replica, _ = landing_at(3)
+        here.track.fetch(2, [replica])
+        until(lambda: len(there.asked) == 11 and here.track.waits_since_s is None)
+        fetched = here.track.end_fetch()
+        assert fetched.nbytes == EXPERT_BYTES
+        assert fetched.arrived == (False,)
+
+
+def test_what_comes_after_the_end_of_a_fetch_never_lands() -> None:
+    with two_sides() as (here, there):
+        late, slot = landing_at(4)
+        there.track.suspend()
+        here.track.fetch(0, [late])
+        until(lambda: here.track.waits_since_s is not None)
+        assert here.track.end_fetch().arrived == (False,)
+        there.track.resume()
+        until(lambda: here.track.waits_since_s is None)
+        assert not slot.any()
+
+
 @pytest.mark.parametrize("who", ["destination", "source"])
 def test_nothing_travels_while_either_window_is_closed(who: str) -> None:
     with two_sides() as (here, there):
@@ -99,9 +142,9 @@ def test_a_fetch_that_is_suspended_goes_on_where_it_stopped_and_shows_its_parts(
         expert = wanted(3)
         serve = there.track._serve
 
-        def slowly(layer: int, number: int) -> memoryview | None:
+        def slowly(asked: Message, rank: int) -> memoryview | None:
             time.sleep(0.004)
-            return serve(layer, number)
+            return serve(asked, rank)
 
         there.track._serve = slowly
         here.track.fetch(4, [expert])

@@ -19,6 +19,7 @@ from poise.parallel.links import open_links
 from poise.parallel.migration import Migration
 from poise.parallel.rank_experts import RankExperts
 from poise.parallel.replica_slots import ReplicaSlots
+from poise.parallel.replica_staging import Outlet
 from poise.parallel.replica_track import ReplicaTrack
 from poise.parallel.step_balance import StepBalance
 from poise.parallel.step_costs import StepCosts
@@ -66,7 +67,12 @@ def stepwise(
     return StepBalance(
         group,
         planner,
-        ReplicaTrack(open_links(group), experts.bytes_at_home, chunk_bytes=chunk_bytes, suspends=options.suspends),
+        ReplicaTrack(
+            open_links(group),
+            Outlet(experts.bytes_at_home, group.device).chunk,
+            chunk_bytes=chunk_bytes,
+            suspends=options.suspends,
+        ),
         slots,
         StepCosts(group, curves),
         Windows(layers, links_R),

@@ -98,12 +98,10 @@ class RankExperts:
         nbytes = run_nbytes(self._source(key))
         return self._memory(self._slot_of[key])[:nbytes]
 
-    def bytes_at_home(self, layer: int, expert: int) -> memoryview | None:
-        """The slot of an expert that computes here; None for another. Any thread."""
+    def bytes_at_home(self, layer: int, expert: int) -> torch.Tensor | None:
+        """The slot of an expert that computes here (uint8); None for another. Any thread."""
         slot = self._slot_of.get((layer, expert))
-        if slot is None or expert not in self._held[layer]:
-            return None
-        return self._memory(slot).numpy().data
+        return self._memory(slot) if slot is not None and expert in self._held[layer] else None
 
     def admit(self, key: Key) -> None:
         """The expert's bytes are there: from now on it computes."""

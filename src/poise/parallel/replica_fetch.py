@@ -6,16 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
+from poise.parallel.replica_staging import Landing
 from poise.spec.timeline import PREFETCH, Span, Timeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Wanted:
-    """A replica that is to come from rank ``source`` into ``run``."""
+    """A replica that is to come from rank ``source`` into ``run``, and from there on by its ``landing``, if it has one."""
 
     expert: int
     source: int
     run: memoryview
+    landing: Landing | None = None
+
+    @property
+    def has_landed(self) -> bool:
+        return self.landing is None or self.landing.is_done
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +49,9 @@ class Fetch:
 
     @property
     def fetched(self) -> Fetched:
-        return Fetched(arrived=tuple(self._arrived), nbytes=self._nbytes, busy_s=self._busy_ns / 1e9)
+        landed = zip(self._arrived, self.wanted, strict=True)
+        arrived = tuple(came and each.has_landed for came, each in landed)
+        return Fetched(arrived=arrived, nbytes=self._nbytes, busy_s=self._busy_ns / 1e9)
 
     def came(self, nbytes: int) -> None:
         """So many bytes of the replica at ``place``."""
@@ -52,7 +60,16 @@ class Fetch:
         self.offset += nbytes
         if self.offset == len(self.wanted[self.place].run):
             self._arrived[self.place] = not self.is_over
+            landing = self.wanted[self.place].landing
+            if landing is not None and not self.is_over:
+                landing.all_here()
             self.skip()
+
+    def land(self) -> None:
+        """Waits for copies that have begun."""
+        for each in self.wanted:
+            if each.landing is not None:
+                each.landing.wait()
 
     def skip(self) -> None:
         """No more of the replica at ``place``."""

@@ -24,8 +24,9 @@ from poise.spec.timeline import Timeline
 from poise.units import KIB
 
 CHUNK_BYTES = 256 * KIB
-Serve = Callable[[int, int], memoryview | None]
-"""(layer, expert): the bytes of an expert that is at home here; None if it is not."""
+Serve = Callable[[Message, int], memoryview | None]
+"""(what is asked for, by which rank): a chunk of an expert that is at home here; None if it is not. It stays until that rank
+asks again."""
 
 
 class ReplicaTrack:
@@ -91,7 +92,8 @@ class ReplicaTrack:
 
     def finish(self, *, within_s: float) -> Fetched:
         """``end_fetch``, but waits for what is wanted, so long at most."""
-        self._is_over.wait(within_s)
+        if self._is_over.wait(within_s) and self._fetch is not None:
+            self._fetch.land()
         return self.end_fetch()
 
     @property
@@ -189,8 +191,7 @@ class ReplicaTrack:
         """Gives the chunks that others have asked for, while the window is open."""
         while self._questions and self._is_open:
             link, asked = self._questions.popleft()
-            run = self._serve(asked.layer, asked.expert)
-            content = None if run is None else run[asked.offset : asked.offset + asked.nbytes]
+            content = self._serve(asked, link.rank)
             self._send(link, replace(asked, kind=GONE if content is None else CHUNK), content)
 
     def _place(self, message: Message) -> memoryview:

@@ -180,6 +180,7 @@ class StepBalance:
         """What this rank has computed in the layer at hand, and what that took."""
         self._computed = pairs, active, seconds
         self._permille = travel.permille
+        self._slots.used()
         self.replicas = {}
         aux_s = self.track.cpu_s
         self.note.aux_s, self._aux_s = aux_s - self._aux_s, aux_s

@@ -45,7 +45,12 @@ class StepPlan:
     def wanted(self, slots: ReplicaSlots) -> list[Wanted]:
         """What to fetch, and where to."""
         return [
-            Wanted(expert=expert, source=source, run=slots.view(self.half, place, layer=self.layer, expert=expert))
+            Wanted(
+                expert=expert,
+                source=source,
+                run=slots.view(self.half, place, layer=self.layer, expert=expert),
+                landing=slots.landing(self.half, place, layer=self.layer, expert=expert),
+            )
             for place, (expert, source) in enumerate(self.mine)
         ]
 
