@@ -27,7 +27,8 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 class Stamp:
     """Facts about one measurement. ``commit`` is None outside a checkout, ``dirty`` says it had uncommitted changes.
 
-    ``threads`` holds the thread variables that are set, and ``torch`` where this process measures and has torch loaded.
+    ``threads`` holds the thread variables that are set, and ``torch`` where this process measures and has torch loaded. Then
+    ``gpus`` are those that it can use.
     """
 
     date: str
@@ -41,6 +42,7 @@ class Stamp:
     threads: dict[str, int | str]
     limits_enforced: tuple[str, ...]
     limits_missing: tuple[str, ...]
+    gpus: tuple[str, ...] = ()
 
 
 def stamp(
@@ -63,6 +65,7 @@ def stamp(
         threads=_threads(os.environ) if environment is None else _threads(environment),
         limits_enforced=tuple(limits_enforced),
         limits_missing=tuple(limits_missing),
+        gpus=_gpus(),
     )
 
 
@@ -98,3 +101,10 @@ def _threads(environment: Mapping[str, str]) -> dict[str, int | str]:
     if torch is not None and environment is os.environ:
         threads["torch"] = int(torch.get_num_threads())
     return threads
+
+
+def _gpus() -> tuple[str, ...]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))

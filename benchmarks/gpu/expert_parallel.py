@@ -1,0 +1,69 @@
+"""What expert parallelism and `--balance probe` cost on one GPU: `PYTHONPATH=src:. python3 -m benchmarks.gpu.expert_parallel`.
+
+One GPU shows what its own experts, copies and launches take; nothing here is of several GPUs or their links. A part that
+breaks is in the result with its error, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.expert_curves import expert_curves
+from benchmarks.gpu.hiding import hiding, pcie_bytes_per_s
+from benchmarks.gpu.step_costs import lookahead_costs, round_trip
+from poise.bench.machine import stamp
+from poise.bench.results import document, write_result
+
+NAME = "gpu-expert-parallel"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="directory of the result file")
+    parser.add_argument("--commit", help="that is measured, where this is no checkout")
+    parser.add_argument("--cap-s", type=float, default=12.0, help="for the curve of each shape")
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this needs a GPU that torch can use")
+    parts: dict[str, Callable[[], object]] = {
+        "pcie_bytes_per_s": pcie_bytes_per_s,
+        "hiding": hiding,
+        "round_trip": round_trip,
+        "lookahead": lookahead_costs,
+        "expert_curves": lambda: expert_curves(asked.cap_s),
+    }
+    results: dict[str, object] = {}
+    with torch.inference_mode():
+        for name, part in parts.items():
+            results[name] = _run(name, part)
+    facts = stamp()
+    if facts.commit is None:
+        facts = replace(facts, commit=asked.commit)
+    print(json.dumps(document(NAME, facts, results), indent=1))
+    if asked.output is not None:
+        print(f"wrote {write_result(asked.output, NAME, facts, results, today=date.today())}", file=sys.stderr)
+
+
+def _run(name: str, part: Callable[[], object]) -> object:
+    began_s = time.perf_counter()
+    try:
+        return part()
+    except Exception:  # noqa: BLE001 - the others are worth having
+        traceback.print_exc()
+        return {"error": traceback.format_exc(limit=1).strip().splitlines()[-1]}
+    finally:
+        print(f"{name}: {time.perf_counter() - began_s:.1f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
