@@ -12,8 +12,9 @@ import torch
 from poise.engine.vibe import Vibe
 from poise.parallel.step_options import StepOptions
 from poise.plan.rebalance import Eplb
-from tests.conftest import DrawPrompts, MakeCheckpoint
+from tests.conftest import VOCABULARY, DrawPrompts, MakeCheckpoint
 from tests.gpu.gpu_ranks import generate, greedy, largest_error, plain
+from tests.parallel.test_halves import LONG, run_passes
 from tests.parallel.test_parallel_llm import Rotate
 from tests.ranks import start_ranks
 
@@ -104,6 +105,21 @@ def test_replicas_come_to_gpus_while_tokens_are_generated(
         assert sum(record.routed_tokens for record in layer) == sum(record.own_pairs for record in layer)
     if policy is not None:
         assert results[0]["moved"] > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_passes_in_halves(ranks: int, checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Exchanges of one half run behind the other's experts, on another stream."""
+    path, generator = checkpoint("qwen3_moe"), torch.Generator().manual_seed(4)
+    batches = [torch.randint(3, VOCABULARY, (5, LONG), generator=generator) for _ in range(2)]
+    results = start_ranks(run_passes, ranks, tmp_path, path, batches, "cuda").results(within_s=100)
+    assert [each[1:] for each in results] == [(1, 2)] * ranks
+    model = plain(path)
+    given = [ids_BT[:, :tokens] for tokens in (LONG, 3) for ids_BT in batches]
+    for logits, ids_BT in zip(results[0][0], given, strict=True):
+        with torch.inference_mode():
+            wanted = model(ids_BT.to("cuda"), use_cache=False).logits[:, -1:].cpu()
+        assert float((logits - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 
 
 def test_one_rank_by_nccl_balances_its_steps(

@@ -72,19 +72,23 @@ def inputs(ids_BT: torch.Tensor, model: Any) -> ForwardInputs:
     )
 
 
-def run_passes(launch: Launch, path: Path, batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], int, int]:
+def run_passes(
+    launch: Launch, path: Path, batches: list[torch.Tensor], device: str = "cpu"
+) -> tuple[list[torch.Tensor], int, int]:
     """Rank 0 runs a pass over two long batches, then one over two short ones; the others join without tokens."""
-    with ParallelLLM(path, launch, memory="2GiB", patience=Patience(start_s=60, behind_s=60)) as llm:
+    patience = Patience(start_s=60, behind_s=60)
+    with ParallelLLM(path, launch, memory="2GiB", patience=patience, device=device) as llm:
         model = llm.runner.model
         modules = find_experts(model, model.config.model_type)
-        courier = Courier()
+        courier = Courier(llm.group.device)
         runner = ParallelRunner(
             model, modules, llm.group, llm.runner.layers, llm.runtime.migration, courier=courier, top_k=TOP_K
         )
         logits = []
         if launch.rank == 0:
             for tokens in (LONG, 3):
-                logits += runner.run([inputs(ids_BT[:, :tokens], model) for ids_BT in batches])
+                run = runner.run([inputs(ids_BT[:, :tokens].to(llm.group.device), model) for ids_BT in batches])
+                logits += [each.cpu() for each in run]
         runner.join()
         courier.close()
         if launch.rank > 0:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
-import poise
 from poise.model.checkpoint import TensorRef
 from poise.profile.devices import device_bytes, processor_of
 from poise.profile.experts import expert_run, load_experts
@@ -155,8 +155,15 @@ def provenance(device: str = "cpu") -> Provenance:
         cpu=processor_of(device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        poise=poise.__version__,
+        poise=_poise_version(),
     )
+
+
+def _poise_version() -> str:
+    try:
+        return metadata.version("poise")
+    except metadata.PackageNotFoundError:
+        return "not installed"  # run from its sources
 
 
 Group = Callable[[str, float, Sequence[Run]], list[tuple[Measurement, ...]]]
