@@ -21,7 +21,7 @@ FLAGS = {
     "generate": (
         "--prompts --output --resume --overwrite --max-tokens --memory --device --dtype --quantize --machine "
         "--timeline --correlation-table --save-table --temperature --top-p --top-k --seed --stop --ignore-eos "
-        "--expert-parallel --balance --json"
+        "--expert-parallel --balance --lookahead --replica-slots --json"
     ),
     "plan": (
         "--prompts --num-requests --prompt-tokens --max-tokens --memory --device --dtype --quantize --machine "
@@ -116,6 +116,27 @@ def test_the_command_line_starts_without_torch() -> None:
         (
             ["generate", "m", "x", "--temperature", "1e-45"],
             "temperature is 1e-45; it must be 0 (greedy), or 1e-06 or more",
+        ),
+        (
+            ["generate", "m", "x", "--balance", "probe"],
+            "--balance is about ranks that share the experts; give --expert-",
+        ),
+        (["generate", "m", "x", "--replica-slots", "3"], "--replica-slots is about ranks that share the experts; give"),
+        (
+            ["generate", "m", "x", "--expert-parallel", "--balance", "vibe+probe"],
+            "balance 'vibe+probe' is not supported; choose one of auto, static, eplb, vibe, probe, probe+vibe",
+        ),
+        (
+            ["generate", "m", "x", "--expert-parallel", "--balance", "vibe", "--lookahead", "p"],
+            "--lookahead is about replicas, and --balance vibe brings none; leave it out, or give --balance probe or",
+        ),
+        (
+            ["generate", "m", "x", "--expert-parallel", "--balance", "static", "--replica-slots", "3"],
+            "--replica-slots is about replicas, and --balance static brings none",
+        ),
+        (
+            ["generate", "m", "x", "--expert-parallel", "--replica-slots", "17"],
+            "--replica-slots is 17; it must be from 1 to 16",
         ),
         (["generate", "", "x"], "model '' names nothing; give a folder"),
         (["generate", "m"], "no prompt is given"),

@@ -8,18 +8,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import poise
-from poise import LLM
+from poise import LLM, SamplingParams
 from poise.engine.lookahead_use import LookaheadUse
+from poise.engine.parallel_llm import ParallelLLM
 from poise.errors import TraceError
+from poise.parallel.launch import Launch
+from tests.ranks import free_port, start_ranks
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 MODEL = Path(poise.__file__).parent / "assets" / "tiny-moe"
 BUDGET = "500MiB"
+PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
+TIGHT = "96MiB"
+"""In fp32 not all experts fit."""
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -40,11 +48,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_predictors_are_learnt_examined_and_written(text: Path, tmp_path: Path) -> None:
-    file = tmp_path / "p.safetensors"
+@pytest.fixture(scope="module")
+def distilled(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The file, and what --json says of it."""
+    file = tmp_path_factory.mktemp("distilled") / "p.safetensors"
     result = run(MODEL, "--prompts", text, "--output", file, "--memory", BUDGET, "--width", "32", "--json")
     assert result.returncode == 0, result.stderr
-    summary = json.loads(result.stdout)
+    return file, json.loads(result.stdout)
+
+
+def test_predictors_are_learnt_examined_and_written(distilled: tuple[Path, dict[str, Any]]) -> None:
+    file, summary = distilled
     assert [row["layer"] for row in summary["layers"]] == [1, 2, 3, 4, 5]
     assert summary["learnt_tokens"] > summary["held_out_tokens"] > 4096
     mean = summary["mean"]
@@ -55,11 +69,75 @@ def test_predictors_are_learnt_examined_and_written(text: Path, tmp_path: Path) 
     assert 1.0 <= mean["left"]["distilled"] < mean["left"]["frequency"]
     for row in summary["layers"]:
         assert row["imbalance"] > row["balanced"] >= 1.0
-    assert [entry.name for entry in tmp_path.iterdir()] == ["p.safetensors"]
+    assert [entry.name for entry in file.parent.iterdir()] == ["p.safetensors"]
     with LLM(MODEL, memory=BUDGET, lookahead=LookaheadUse(file=file)) as llm:
         assert llm.lookahead is not None
         assert llm.lookahead.learning_layers == (1, 2, 3, 4, 5)
         assert all(llm.lookahead.residual(layer).outer_EW.any() for layer in (1, 5))
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+    """Prompts of text that was not learnt from, and what one process that streams its experts generates for them."""
+    folder = Path(os.__file__).parent
+    texts = [(folder / f"{name}.py").read_text()[200:1400] for name in ("shlex", "queue", "bisect", "statistics")]
+    path = tmp_path_factory.mktemp("asked") / "in.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "max_tokens": 8}) + "\n" for text in texts))
+    with LLM(MODEL, memory=BUDGET, dtype="float32") as llm:
+        made = llm.generate(texts, PARAMS)
+    return path, [list(each.outputs[0].token_ids) for each in made]
+
+
+def generated(command: Sequence[str | Path], prompts: Path, memory: str = BUDGET) -> tuple[dict[str, Any], str]:
+    """What --json says, and what people are told."""
+    options = ["--prompts", prompts, "--memory", memory, "--dtype", "float32", "--ignore-eos", "--json"]
+    argv = [str(word) for word in (*command, *options)]
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def unlearnt(launch: Launch, prompts: list[str]) -> tuple[list[list[int]], float]:
+    """What ranks do unasked: tokens, and the share of them that was predicted for other experts."""
+    with ParallelLLM(MODEL, launch, memory=BUDGET, dtype="float32") as llm:
+        if launch.rank > 0:
+            llm.follow()
+            return [], 0.0
+        made = llm.generate(prompts, PARAMS)
+        assert llm.predictor == "frozen routers, asked a layer early (5 of 6 layers)"
+        assert llm.step_figures is not None
+        return [list(each.outputs[0].token_ids) for each in made], llm.step_figures.to_json()["guessed_wrong_frac"]
+
+
+def test_two_ranks_predict_by_it_and_generate_what_one_process_does(
+    distilled: tuple[Path, dict[str, Any]], asked: tuple[Path, list[list[int]]], tmp_path: Path
+) -> None:
+    prompts, wanted = asked
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, "--master-port", str(free_port()), "-m", "poise", "generate", MODEL, "--expert-parallel"]
+    document, told = generated([*command, "--balance", "probe", "--lookahead", distilled[0]], prompts)
+    assert [result["token_ids"] for result in document["results"]] == wanted
+    predictor = "distilled routers, asked a layer early (5 of 6 layers)"
+    assert (document["plan"]["balance"], document["plan"]["predictor"]) == ("probe", predictor)
+    balanced = document["stats"]["parallel"]["balanced"]
+    wrong_frac = balanced["guessed_wrong_frac"]
+    assert f"predicted by {predictor}: {1 - wrong_frac:.0%} of the tokens" in told
+    assert len(balanced["layers"]["guessed_wrong"]) == 6
+    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    tokens, frozen_frac = start_ranks(unlearnt, 2, tmp_path, texts).results(within_s=120)[0]
+    assert tokens == wanted
+    assert wrong_frac < 0.8 * frozen_frac, "what was learnt predicts better"
+
+
+def test_one_process_reads_ahead_by_it(
+    distilled: tuple[Path, dict[str, Any]], asked: tuple[Path, list[list[int]]]
+) -> None:
+    command = [sys.executable, "-m", "poise", "generate", MODEL, "--lookahead", distilled[0]]
+    document, _ = generated(command, asked[0], TIGHT)
+    assert document["plan"]["expert_slots"] < document["plan"]["experts"]
+    assert document["stats"]["decode_ahead"]["used_frac"] > 0.5
+    assert [result["token_ids"] for result in document["results"]] == asked[1]
+    assert document["plan"]["foreseen_by"] == "distilled routers, asked a layer early, and correlation table"
 
 
 @pytest.mark.slow

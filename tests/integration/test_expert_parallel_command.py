@@ -125,6 +125,8 @@ def test_a_rank_that_is_killed_ends_the_job_with_a_message_that_names_it(
     with running(torchrun(2, arguments)) as process:
         assert process.stderr is not None
         for line in process.stderr:
+            if line.startswith("poise: balance:"):
+                assert line == "poise: balance: probe (auto: replicas of hot experts come for each step)\n"
             if "ranks 2" in line:  # the header: all have loaded
                 break
         time.sleep(0.3)

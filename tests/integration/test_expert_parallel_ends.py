@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from poise import LLM, SamplingParams
-from poise.cli.expert_parallel import BALANCES
+from poise.cli.generate_options import AUTO, BALANCES, MOST_REPLICA_SLOTS, STEPWISE
 from poise.engine import balances
+from poise.engine.lookahead_use import LookaheadUse
+from poise.errors import UsageError
+from poise.model.checkpoint import open_checkpoint
+from poise.model.fingerprint import model_fingerprint
+from poise.model.lookahead import LOOKAHEAD_FORMAT
+from poise.parallel.step_options import StepOptions
 from tests.conftest import DrawPrompts, MakeCheckpoint
 from tests.ranks import free_port
 
@@ -143,5 +151,59 @@ def test_a_rank_with_another_checkpoint_is_refused_in_one_line(
     assert line.endswith("; give every rank the same MODEL")
 
 
-def test_the_command_knows_every_balance_that_the_engine_has() -> None:
-    assert tuple(balances.BALANCES) == BALANCES
+@pytest.mark.parametrize(
+    ("model", "option", "line"),
+    [
+        ("{model}", ("--balance", "nonsense"), "balance 'nonsense' is not supported; choose one of auto, "),
+        pytest.param("no-model", (), "no such model directory: no-model", marks=pytest.mark.slow),
+        pytest.param(
+            "{model}",
+            ("--lookahead", "{nothing}"),
+            "lookahead predictor {nothing} cannot be read",
+            marks=pytest.mark.slow,
+        ),
+        ("{model}", ("--lookahead", "{others}"), "lookahead predictor {others} is of model 0123, and this one is "),
+    ],
+)
+def test_what_is_wrong_on_every_rank_is_said_once(
+    model: str, option: Sequence[str], line: str, checkpoint: MakeCheckpoint, prompt_file: Path, tmp_path: Path
+) -> None:
+    places = {"model": checkpoint("qwen3_moe"), "nothing": tmp_path / "nothing", "others": tmp_path / "others"}
+    save_lookahead(places["others"], "0123")
+    asked = [*POISE, model.format(**places), "--prompts", str(prompt_file), *OPTIONS]
+    asked += [word.format(**places) for word in option]
+    with running([[sys.executable, *asked]] * 2, tmp_path) as processes:
+        assert [process.wait(60) for process in processes] == [2, 2]
+    (said_line,) = said(tmp_path)
+    assert said_line.startswith("poise: " + line.format(**places))
+    assert (tmp_path / "1.log").read_text() == ""
+
+
+def save_lookahead(file: Path, model: str) -> None:
+    tensors = {"inner": np.zeros((1, 2, 64), np.float32), "outer": np.zeros((1, 8, 2), np.float32)}
+    LOOKAHEAD_FORMAT.save(file, tensors, {"model": model, "layers": [1]})
+
+
+@pytest.mark.slow
+def test_predictors_that_differ_are_refused_in_one_line(
+    checkpoint: MakeCheckpoint, prompt_file: Path, tmp_path: Path
+) -> None:
+    path = checkpoint("qwen3_moe")
+    asked = [sys.executable, *POISE, str(path), "--prompts", str(prompt_file), *OPTIONS, "--lookahead"]
+    for name, seed in (("0", 0), ("1", 1)):
+        with LLM(path, memory="1GiB", lookahead=LookaheadUse(width=2 + seed)) as llm:
+            assert llm.lookahead is not None
+            llm.lookahead.save(tmp_path / name, model=model_fingerprint(open_checkpoint(path)))
+    with running([[*asked, str(tmp_path / name)] for name in ("0", "1")], tmp_path) as processes:
+        assert [process.wait(60) for process in processes] == [2, 2]
+    (line,) = said(tmp_path)
+    assert re.fullmatch(r"poise: rank 1 has lookahead \w{12}, rank 0 has \w{12}; give every rank the same file", line)
+
+
+def test_the_command_knows_what_the_engine_has() -> None:
+    assert (AUTO, *balances.BALANCES) == BALANCES
+    assert tuple(name for name, named in balances.BALANCES.items() if named.steps is not None) == STEPWISE
+    assert AUTO == balances.AUTO
+    assert StepOptions(replica_slots=MOST_REPLICA_SLOTS)
+    with pytest.raises(UsageError, match="replica slots are 17"):
+        StepOptions(replica_slots=MOST_REPLICA_SLOTS + 1)

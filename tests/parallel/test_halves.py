@@ -77,7 +77,7 @@ def run_passes(
 ) -> tuple[list[torch.Tensor], int, int]:
     """Rank 0 runs a pass over two long batches, then one over two short ones; the others join without tokens."""
     patience = Patience(start_s=60, behind_s=60)
-    with ParallelLLM(path, launch, memory="2GiB", patience=patience, device=device) as llm:
+    with ParallelLLM(path, launch, memory="2GiB", patience=patience, device=device, balance="static") as llm:
         model = llm.runner.model
         modules = find_experts(model, model.config.model_type)
         courier = Courier(llm.group.device)

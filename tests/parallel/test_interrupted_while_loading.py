@@ -51,7 +51,7 @@ def load(launch: Launch, path: Path, directory: Path, policy: Rebalance | None) 
 
     if policy is None:
         RankExperts.load = slow_on_rank_1  # type: ignore[method-assign]
-    ParallelLLM(path, launch, memory="2GiB", patience=QUICK, policy=policy).close()
+    ParallelLLM(path, launch, memory="2GiB", patience=QUICK, balance="static", policy=policy).close()
 
 
 def interrupted(ranks: Ranks, directory: Path) -> list[int | None]:

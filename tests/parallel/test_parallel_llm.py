@@ -63,7 +63,7 @@ def expected(model: Any, prompt: list[int], tokens: int = 6) -> list[int]:
     ("architecture", "ranks", "options"),
     [
         ("qwen3_moe", 1, {}),
-        ("qwen3_moe", 2, {"groups": [(2, 2)]}),
+        ("qwen3_moe", 2, {"groups": [(2, 2)], "balance": "static"}),
         ("qwen3_moe", 4, {"redundant_slots": 1}),
         pytest.param("deepseek_v3", 2, {}, marks=pytest.mark.slow),
         pytest.param("qwen3_next", 2, {}, marks=pytest.mark.slow),
@@ -87,6 +87,8 @@ def test_greedy_tokens_are_those_of_each_prompt_alone(
     assert all(result["progress"] is None for result in results[1:])
     assert len({result["passes"] for result in results}) == 1, "all ranks take part in every pass"
     assert results[0]["progress"].generated_tokens == 6
+    named = options.get("balance", "static" if ranks == 1 else "probe")
+    assert results[0]["facts"]["balance"] == named
     assert results[0]["facts"]["slots_per_rank"] == -(-8 // ranks) + options.get("redundant_slots", 0)
 
 
@@ -94,7 +96,7 @@ def test_more_ranks_than_requests(
     checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
 ) -> None:
     path, prompts = checkpoint("qwen3_moe"), draw_prompts((11,))
-    results = start_ranks(generate, 4, tmp_path, path, prompts, {}).results(within_s=120)
+    results = start_ranks(generate, 4, tmp_path, path, prompts, {"balance": "static"}).results(within_s=120)
     assert results[0]["tokens"] == [expected(reference(path), prompts[0])]
 
 
@@ -195,7 +197,7 @@ def test_vibe_relieves_a_slow_rank_while_tokens_are_generated_and_they_stay_the_
 
 
 def budget(launch: Launch, path: Path) -> int:
-    with ParallelLLM(path, launch, patience=PATIENT) as llm:
+    with ParallelLLM(path, launch, patience=PATIENT, balance="static") as llm:
         if launch.rank > 0:
             llm.follow()
         return llm.budget_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from poise.engine.parallel_llm import ParallelLLM
 from poise.engine.sampling import SamplingParams
+from poise.engine.vibe import Vibe
 from poise.model.inspect import find_experts
 from poise.parallel.launch import Launch
 from poise.parallel.moe_layer import LayerRecord
@@ -23,26 +25,32 @@ from tests.ranks import start_ranks
 TOKENS = 16
 
 
-def dawdle(module: Any, rows: tuple[torch.Tensor, ...]) -> None:
-    time.sleep(3e-3 * len(rows[0]))
-
-
-def dawdle_in(model: Any) -> None:
+def dawdle_in(model: Any, token_s: float) -> None:
     """Replicas come only where tokens take long: else they do not pay, or have no time to come."""
+
+    def dawdle(module: Any, rows: tuple[torch.Tensor, ...]) -> None:
+        time.sleep(token_s * len(rows[0]))
+
     for module in find_experts(model, model.config.model_type):
         model.get_submodule(module.name).act_fn.register_forward_pre_hook(dawdle)
 
 
 def generate(
-    launch: Launch, path: Path, prompts: list[list[int]], steps: StepOptions, policy: Rebalance | None
+    launch: Launch,
+    path: Path,
+    prompts: list[list[int]],
+    steps: StepOptions,
+    policy: Rebalance | None,
+    token_s: Sequence[float] = (3e-3,),
+    tokens: int = TOKENS,
 ) -> dict[str, Any]:
-    """Tokens on rank 0, and what every rank took down of each layer."""
+    """Tokens on rank 0, and what every rank took down of each layer. ``token_s``: of each rank in turn."""
     records: list[LayerRecord] = []
     with ParallelLLM(
         path, launch, memory="2GiB", patience=PATIENT, balance="probe", steps=steps, policy=policy, groups=[(4, 2)]
     ) as llm:
         layers, model = llm.runner.layers, llm.runner.model
-        dawdle_in(model)
+        dawdle_in(model, token_s[launch.rank % len(token_s)])
         take = layers.on_record
 
         def keep(record: LayerRecord) -> None:
@@ -55,7 +63,7 @@ def generate(
         if launch.rank > 0:
             llm.follow()
         else:
-            params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+            params = SamplingParams(max_tokens=tokens, ignore_eos=True)
             made = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
         history = llm.balancing.history if llm.balancing is not None else []
         return {
@@ -97,3 +105,16 @@ def test_greedy_tokens_are_those_of_each_prompt_alone_while_replicas_come(
     if policy is not None:
         assert results[0]["moved"] > 0
         assert results[0]["name"] == "probe+rotate"
+
+
+def test_on_unequal_ranks_experts_move_away_from_the_slow_one_while_replicas_come(
+    checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
+) -> None:
+    """PROBE in front, ViBE behind, and the tokens of plain transformers."""
+    path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 9, 3, 7, 4, 6, 8, 5))
+    given = (StepOptions(), Vibe(interval=2), (1e-3, 1e-3, 3e-3, 1e-3), 32)
+    results = start_ranks(generate, 4, tmp_path, path, prompts, *given).results(within_s=120)
+    assert results[0]["tokens"] == [expected(reference(path), prompt, 32) for prompt in prompts]
+    assert results[0]["name"] == "probe+vibe"
+    assert results[0]["moved"] > 0
+    assert sum(record.replicas_used for result in results for record in result["records"]) > 0

@@ -39,8 +39,9 @@ def test_imbalance_before_and_after_guesses_and_what_is_exposed() -> None:
     assert facts["guessed_wrong_frac"] == pytest.approx(6 / 60)
     assert (facts["replicas_planned"], facts["replicas_used"], facts["declined"]) == (3, 2, 1)
     assert facts["exposed_frac"] == pytest.approx(0.09 / 1.2)
-    first, replicas, cost = figures.lines()
-    assert "1.25 with experts at home, 1.05 with replicas; 10% of the tokens" in first
+    first, guesses, replicas, cost = figures.lines("those who know")
+    assert first.endswith("1.25 with experts at home, 1.05 with replicas")
+    assert guesses == "predicted by those who know: 90% of the tokens for the experts that they went to"
     assert replicas == "replicas: 2 used, 1 late, 160 B came; in 1 of 2 layers none paid"
     assert cost.startswith("cost of it: 7.5% of the passes, and 3")
 

@@ -98,10 +98,23 @@ ExpertParallel = Annotated[
 Balance = Annotated[
     str,
     typer.Option(
-        metavar="static|eplb|vibe|probe",
+        metavar="auto|static|eplb|vibe|probe|probe+vibe",
         help="With --expert-parallel, where experts lie: where they are at first (static), so that ranks get like numbers of "
         "tokens (eplb), or so that ranks end together, slow ones and fast ones (vibe); or there, with copies for each step "
-        "where they are predicted to be wanted (probe).",
+        "where they are predicted to be wanted (probe), or both (probe+vibe). auto: probe on several ranks, if they are CPUs.",
     ),
+]
+LookaheadFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--lookahead",
+        metavar="FILE",
+        help="What `poise distill` wrote for this model: copies of experts (probe), or experts from disk, come by it. Without, "
+        "ranks ask the model's own routers early, and one process its correlation table.",
+    ),
+]
+ReplicaSlots = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="With --balance probe, the most copies a rank gets for a step; 3 if not given."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

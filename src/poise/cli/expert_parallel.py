@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,6 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
     """Ctrl-C during a run. The message is the line to print."""
 
 
-BALANCES = ("static", "eplb", "vibe", "probe")
-"""As in ``engine.balances``, which is not imported before it is needed."""
 CALL_OFF_S = 60.0
 
 
@@ -38,13 +36,34 @@ def this_launch() -> Launch:
     return Launch.from_environment(os.environ)
 
 
-def telling_others(launch: Launch | None) -> AbstractContextManager[None]:
-    """What rank 0 does before it opens the model: where it fails, the others need not wait for it."""
+@contextmanager
+def telling_others(launch: Launch | None) -> Iterator[None]:
+    """What a rank does before it opens the model: where it fails, the others need not wait for it; where all fail alike, rank 0
+    says it."""
     if launch is None:
-        return nullcontext()
+        yield
+        return
     from poise.parallel.handshake import heard_by_others
 
-    return heard_by_others(launch)
+    try:
+        with heard_by_others(launch):
+            yield
+    except RanksError as error:
+        if error.is_shared and launch.rank > 0:
+            sys.exit(2)
+        raise
+
+
+@contextmanager
+def said_once(*, on_ranks: bool) -> Iterator[None]:
+    """What is wrong with options is wrong on every rank that a launcher started with them: one says it."""
+    try:
+        yield
+    except UsageError:
+        if not on_ranks or "RANK" not in os.environ:
+            raise
+        with telling_others(this_launch()):
+            raise
 
 
 def call_off(launch: Launch) -> None:
@@ -84,7 +103,8 @@ def follow(launch: Launch, open_llm: Callable[[Launch], ParallelLLM]) -> None:
 def closing_lines(llm: ParallelLLM, timeline: Path | None) -> list[str]:
     """What rank 0 says of all ranks when they are done. Writes their ``timeline``, where there is to be one."""
     lines = llm.figures.lines() if llm.figures is not None else []
-    lines += llm.step_figures.lines() if llm.step_figures is not None else []
+    if llm.step_figures is not None and llm.predictor is not None:
+        lines += llm.step_figures.lines(llm.predictor)
     lines += llm.balancing.table() if llm.balancing is not None else []
     if timeline is not None:
         write_chrome_trace(timeline, chrome_trace_of_ranks([each.spans for each in llm.timelines]))

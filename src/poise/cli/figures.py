@@ -21,10 +21,12 @@ _OF_STREAMS = ("bytes_read", "expert_hits", "expert_misses", "prefill_ahead", "d
 
 def say_header(model: Mapping[str, object]) -> None:
     """The model in numbers, before a run."""
-    say(f"dtype: {model['dtype']} ({model['dtype_reason']})")
+    chosen = [name for name in model if f"{name}_reason" in model]
+    for name in chosen:
+        say(f"{name}: {model[name]} ({model[f'{name}_reason']})")
     facts = []
     for name, value in model.items():
-        if name.startswith("dtype"):
+        if name.removesuffix("_reason") in chosen:
             continue
         if name.endswith("_bytes") and isinstance(value, int | float):
             facts.append(f"{name.removesuffix('_bytes').replace('_', ' ')} {format_bytes(value)}")

@@ -14,6 +14,7 @@ from poise.cli.arguments import (
     ExpertParallel,
     IgnoreEos,
     Json,
+    LookaheadFile,
     MachineFile,
     MaxTokens,
     Memory,
@@ -23,6 +24,7 @@ from poise.cli.arguments import (
     PromptFile,
     Prompts,
     Quantize,
+    ReplicaSlots,
     Resume,
     SaveTable,
     Seed,
@@ -33,7 +35,8 @@ from poise.cli.arguments import (
     TopK,
     TopP,
 )
-from poise.cli.generate import GenerateOptions, run_generate
+from poise.cli.generate import run_generate
+from poise.cli.generate_options import GenerateOptions
 from poise.engine.sampling import SamplingParams
 
 commands = typer.Typer()
@@ -43,7 +46,7 @@ commands = typer.Typer()
     epilog="Examples:\n\n"
     'poise generate ./OLMoE-1B-7B "The capital of France is" --max-tokens 32\n\n'
     "poise generate ./Mixtral-8x7B --prompts in.jsonl --output out.jsonl --memory 16GiB --resume\n\n"
-    "torchrun --nproc-per-node 2 -m poise generate ./OLMoE-1B-7B --prompts in.jsonl --expert-parallel --balance vibe",
+    "torchrun --nproc-per-node 2 -m poise generate ./OLMoE-1B-7B --prompts in.jsonl --expert-parallel",
 )
 def generate(
     model: Model,
@@ -68,7 +71,9 @@ def generate(
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     expert_parallel: ExpertParallel = False,
-    balance: Balance = "static",
+    balance: Balance = "auto",
+    lookahead: LookaheadFile = None,
+    replica_slots: ReplicaSlots = None,
     json_output: Json = False,
 ) -> None:
     """Continues texts with a model whose experts are streamed from disk under a memory budget.
@@ -108,6 +113,8 @@ def generate(
             json_output=json_output,
             expert_parallel=expert_parallel,
             balance=balance,
+            lookahead=lookahead,
+            replica_slots=replica_slots,
         )
     )
 

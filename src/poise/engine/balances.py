@@ -1,9 +1,9 @@
-"""The names of ``--balance``: how experts are placed while ranks run, and how each step is balanced."""
+"""The names of ``--balance``: how experts are placed while ranks run, and how each step is balanced (decision 056)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from poise.engine.vibe import Vibe
@@ -11,30 +11,39 @@ from poise.errors import UsageError
 from poise.parallel.step_options import StepOptions
 from poise.plan.rebalance import Eplb, Rebalance
 
-BALANCES: Mapping[str, Rebalance | StepOptions | None] = MappingProxyType(
-    {"static": None, "eplb": Eplb(), "vibe": Vibe(), "probe": StepOptions()}
-)
+AUTO = "auto"
 REDUNDANT_SLOTS = 2
 """Of each rank and layer, where experts move."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Balances:
-    """``policy``: moves experts now and then; ``steps``: brings replicas for each step. None: nobody does."""
+    """``policy``: moves experts now and then; ``steps``: brings replicas for each step. None: nobody does.
 
-    policy: Rebalance | None
-    steps: StepOptions | None
+    ``reason``: why it is these, for people.
+    """
+
+    policy: Rebalance | None = None
+    steps: StepOptions | None = None
+    reason: str = "as asked for"
 
     @classmethod
-    def of(cls, name: str, policy: Rebalance | None, steps: StepOptions | None) -> Balances:
-        """Those of ``BALANCES``, or those given in their place. Raises UsageError."""
-        if name not in BALANCES:
-            raise UsageError(f"balance {name!r} is not supported; choose one of {', '.join(BALANCES)}")
-        named = BALANCES[name]
-        return cls(
-            policy=policy or (None if isinstance(named, StepOptions) else named),
-            steps=steps or (named if isinstance(named, StepOptions) else None),
-        )
+    def of(
+        cls, name: str, policy: Rebalance | None, steps: StepOptions | None, *, num_ranks: int, device: str
+    ) -> Balances:
+        """Those of ``BALANCES``, with those given in their place; ``AUTO``: those given, or each step where replicas can come.
+
+        ``device``: where ranks compute, as torch names the kind. Raises UsageError.
+        """
+        if name not in (AUTO, *BALANCES):
+            raise UsageError(f"balance {name!r} is not supported; choose one of {', '.join((AUTO, *BALANCES))}")
+        if name == AUTO and policy is None and steps is None:
+            return _automatic(num_ranks=num_ranks, device=device)
+        named = BALANCES.get(name, cls())
+        chosen = replace(named, policy=policy or named.policy, steps=steps or named.steps)
+        if chosen.steps is not None and device == "cuda":
+            raise UsageError(f"balance {chosen.name!r} runs on CPUs only; give another balance, or device cpu")
+        return chosen
 
     @property
     def name(self) -> str:
@@ -56,3 +65,22 @@ class Balances:
     def replica_slots(self) -> int:
         """Of each half."""
         return 0 if self.steps is None else self.steps.replica_slots
+
+
+BALANCES: Mapping[str, Balances] = MappingProxyType(
+    {
+        "static": Balances(),
+        "eplb": Balances(policy=Eplb()),
+        "vibe": Balances(policy=Vibe()),
+        "probe": Balances(steps=StepOptions()),
+        "probe+vibe": Balances(policy=Vibe(), steps=StepOptions()),
+    }
+)
+
+
+def _automatic(*, num_ranks: int, device: str) -> Balances:
+    if num_ranks == 1:
+        return Balances(reason="one rank has all experts")
+    if device == "cuda":
+        return Balances(reason="on GPUs replicas do not come yet")
+    return Balances(steps=StepOptions(), reason="auto: replicas of hot experts come for each step")

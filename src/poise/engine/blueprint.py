@@ -19,7 +19,7 @@ from poise.engine.dense_weights import DenseLayers, find_dense_layers
 from poise.engine.dtype import DtypeChoice, choose_for_device
 from poise.engine.footprint import automatic_budget_bytes, reset_peak, resident_bytes
 from poise.engine.kv_file import can_hold_kv
-from poise.engine.lookahead_use import LookaheadUse, kept_weights, lookahead_bytes
+from poise.engine.lookahead_use import LookaheadUse, kept_weights, lookahead_bytes, width_of
 from poise.engine.planning import (
     ORDINARY,
     SHORTEST,
@@ -202,6 +202,7 @@ def draw_up(
     checkpoint = open_checkpoint(find_model(model))
     config = load_config(checkpoint)
     table = read_table(options.correlation_table, checkpoint)
+    width = 0 if options.lookahead is None else width_of(options.lookahead, checkpoint)
     dtype = _dtype(checkpoint, options)
     meta = build_meta_model(config, dtype.dtype)
     modules = find_experts(meta, config.model_type)
@@ -220,7 +221,7 @@ def draw_up(
         layout = layout_in_4_bits(checkpoint, layout, meta, modules)
     elif options.expert_slots is None:
         layout = unpacked_if_it_fits(layout, budget_bytes - dense_nbytes(meta) - OVERHEAD_BYTES)
-    sites, dense, pipeline = _planned_with(meta, modules, layout, options, dtype.dtype)
+    sites, dense, pipeline = _planned_with(meta, modules, layout, options, dtype.dtype, width)
     return Blueprint(
         options=options,
         checkpoint=checkpoint,
@@ -243,9 +244,17 @@ def draw_up(
 
 
 def _planned_with(
-    model: Any, modules: Sequence[ExpertsModule], layout: CheckpointLayout, options: Options, dtype: torch.dtype
+    model: Any,
+    modules: Sequence[ExpertsModule],
+    layout: CheckpointLayout,
+    options: Options,
+    dtype: torch.dtype,
+    width: int,
 ) -> tuple[tuple[RouterSite | None, ...], DenseLayers, PipelineModel]:
-    """Routers that are asked ahead, the dense weights' places, and the model in numbers, as far as shapes tell."""
+    """Routers that are asked ahead, the dense weights' places, and the model in numbers, as far as shapes tell.
+
+    ``width``: of the routers' residuals.
+    """
     use = options.lookahead
     sites = () if use is None else find_sites(model, modules)
     kept = kept_weights(model, sites)
@@ -258,7 +267,7 @@ def _planned_with(
         activation=activation_spec(model, spec, layout, itemsize=dtype.itemsize),
         dense=dense.ways,
         slot_bytes=slot_bytes_for(layout.experts_LE),
-        scratch_bytes=_scratch_bytes(layout) + (0 if use is None else lookahead_bytes(use, sites, modules)),
+        scratch_bytes=_scratch_bytes(layout) + (0 if use is None else lookahead_bytes(use, width, sites, modules)),
         whole_prompts=needs_whole_prompts(model),
         max_slots=options.expert_slots,
         may_move_cache=_may_move_cache(options, probed),

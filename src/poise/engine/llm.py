@@ -179,6 +179,7 @@ class LLM:
             "dense_layers_streamed": len(self._loaded().plan.streamed),
             "kv_on_disk": self._runner.kv is not None,
             "direct_io": self._open().is_direct,
+            "foreseen_by": "correlation table" if self._foresight is None else self._foresight.name,
         }
         return facts if self._plan is None else facts | plan_facts(self._blueprint, self._plan)
 

@@ -34,6 +34,11 @@ class LookaheadPrefetcher:
         self._said: tuple[Ints, Floats] | None = None
         self._previous_TK: Ints | None = None
 
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self._lookahead.name}, and correlation table"
+
     def on_seam(self, layer: int, hidden_TH: torch.Tensor, chosen_TK: Ints) -> None:
         """See ``engine.routing``. Predicts first: what is learnt from this layer concerns the next pass."""
         said, self._said = self._said, None

@@ -58,9 +58,17 @@ def kept_weights(model: Any, sites: Sequence[RouterSite | None]) -> frozenset[st
     return frozenset(found)
 
 
-def lookahead_bytes(use: LookaheadUse, sites: Sequence[RouterSite | None], modules: Sequence[ExpertsModule]) -> int:
+def width_of(use: LookaheadUse, checkpoint: Checkpoint) -> int:
+    """Of the residuals; 0: none. Raises TraceError for a file that is damaged or of another model."""
+    if use.file is None:
+        return use.width or 0
+    return saved_width(use.file, fingerprint=model_fingerprint(checkpoint))
+
+
+def lookahead_bytes(
+    use: LookaheadUse, width: int, sites: Sequence[RouterSite | None], modules: Sequence[ExpertsModule]
+) -> int:
     """Bytes beside the model: residuals, what learning them takes, hidden states kept from one layer to the next."""
-    width = (saved_width(use.file) if use.file is not None else use.width) or 0
     numbers = sum(
         width * (site.hidden_size + module.num_experts + module.num_idle)
         for site, module in zip(sites[1:], modules[1:], strict=True)

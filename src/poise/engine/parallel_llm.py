@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 import poise
+from poise.engine.balances import AUTO
 from poise.engine.balancing import Balancing
 from poise.engine.batch import Row
 from poise.engine.footprint import return_freed_memory
@@ -51,8 +52,9 @@ class ParallelLLM:
     """A model loaded on this rank. Parameters as those of ``LLM`` of the same names; ``memory`` is each rank's own budget,
     ``auto`` an even part of what its host has free.
 
-    ``balance``: one of ``BALANCES``; ``policy``: how experts are placed while running, in place of the one of that name;
-    ``steps``: how each step is balanced, likewise. Both together: experts move slowly behind, replicas come for each step.
+    ``balance``: one of ``BALANCES``; "auto" is "probe" where replicas can come, else "static". ``policy``: how experts are
+    placed while running, in place of the one of that name; ``steps``: how each step is balanced, likewise. Both together:
+    experts move slowly behind, replicas come for each step.
     ``redundant_slots``: copies of experts that each rank holds in each layer beyond its even share; None: 2 where experts
     are balanced, else none. ``placement``: who holds which expert at first; None: contiguous, as every engine starts, or by
     the speeds of ``machine`` where experts are placed by speed ("vibe"). ``machine``: a device for each rank, in order,
@@ -72,7 +74,7 @@ class ParallelLLM:
         dtype: str = "auto",
         quantize: str = "none",
         machine: Machine | str | Path | None = None,
-        balance: str = "static",
+        balance: str = AUTO,
         policy: Rebalance | None = None,
         steps: StepOptions | None = None,
         redundant_slots: int | None = None,
@@ -81,6 +83,7 @@ class ParallelLLM:
         patience: Patience | None = None,
         on_loaded: OnLoaded | None = None,
         on_made: OnMade | None = None,
+        on_compile: Callable[[], None] | None = None,
     ) -> None:
         self._group: RankGroup | None = None
         self._plan: PipelinePlan | None = None
@@ -114,7 +117,7 @@ class ParallelLLM:
         self.runtime = RankRuntime(self._group, planned, tell=self._tell, on_agreement=self._hear)
         """What runs, for measurements beside ``generate``."""
         try:
-            self.runtime.load(on_loaded)
+            self.runtime.load(on_loaded, on_compile)
         except BaseException as error:
             self.close(error)
             raise
@@ -146,6 +149,12 @@ class ParallelLLM:
         return self.runtime.recorder.step_figures
 
     @property
+    def predictor(self) -> str | None:
+        """Who says what a layer's tokens will choose before its router does; None where steps are not balanced."""
+        balance = self.runner.layers.balance
+        return None if balance is None else balance.predictor
+
+    @property
     def timelines(self) -> tuple[RankTimeline, ...]:
         """What every rank did in the last call, if that was asked for; empty except on rank 0."""
         return self._timelines
@@ -168,9 +177,12 @@ class ParallelLLM:
             "dtype": drawn.spec.dtype,
             "dtype_reason": drawn.dtype.reason,
             "balance": planned.balances.name,
+            "balance_reason": planned.balances.reason,
             "budget_bytes": drawn.budget_bytes,
             "base_bytes": drawn.base_bytes,
         }
+        if self.predictor is not None:
+            facts["predictor"] = self.predictor
         if plan is not None:
             facts |= {"batch_size": plan.group.batch_size, "num_batches": plan.group.num_batches}
         return facts

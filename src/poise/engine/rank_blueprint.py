@@ -5,15 +5,17 @@ Who holds which expert at first, what experts cost on each rank, what balances t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from poise.engine.balances import Balances
+from poise.engine.balances import AUTO, Balances
 from poise.engine.blueprint import Blueprint, Options, draw_up
 from poise.engine.first_placement import contiguous_for, curves_of, device_of, digest_of, opened, placed_by_speed
+from poise.engine.lookahead_use import LookaheadUse
 from poise.engine.probe import Probed
 from poise.engine.rank_device import budget_for, carrier_for, device_for
 from poise.engine.vibe import Vibe
@@ -39,7 +41,7 @@ class RankOptions:
     dtype: str = "auto"
     quantize: str = "none"
     machine: Machine | str | Path | None = None
-    balance: str = "static"
+    balance: str = AUTO
     policy: Rebalance | None = None
     steps: StepOptions | None = None
     redundant_slots: int | None = None
@@ -78,10 +80,13 @@ def draw_up_for_rank(
     model: str | Path, launch: Launch, options: RankOptions, *, on_made: OnMade | None
 ) -> RankBlueprint:
     """Raises UsageError (CheckpointError, MachineError, BudgetError) for what cannot run."""
-    balances = Balances.of(options.balance, options.policy, options.steps)
+    device = _device(options, launch)
+    balances = Balances.of(
+        options.balance, options.policy, options.steps, num_ranks=launch.num_ranks, device=device.type
+    )
+    lookahead = _lookahead(balances.steps)
     redundant_slots = balances.redundant_slots if options.redundant_slots is None else options.redundant_slots
     machine = opened(options.machine)
-    device = _device(options, launch)
     carrier = carrier_for(device, launch)
     asked = Options(
         memory=budget_for(options.memory, device, local_ranks=launch.local_ranks),
@@ -90,6 +95,7 @@ def draw_up_for_rank(
         groups=options.groups,
         quantize=options.quantize,
         machine=device_of(machine, launch.rank),
+        lookahead=lookahead,
         experts_stay=True,
     )
     drawn = draw_up(model, asked, on_made=on_made or _nobody, waits=True)
@@ -115,9 +121,22 @@ def draw_up_for_rank(
             "machine": digest_of(machine),
             "redundant slots": redundant_slots,
             "balance": balances.policy or "static",
-            "steps": balances.steps or "as they are",
+            "steps": "as they are" if balances.steps is None else replace(balances.steps, lookahead=None),
+            "lookahead": _digest_of(lookahead),
         },
     )
+
+
+def _lookahead(steps: StepOptions | None) -> LookaheadUse | None:
+    """What asks routers a layer early, where steps are balanced by that."""
+    return LookaheadUse(file=steps.lookahead) if steps is not None and steps.predictor == "gate" else None
+
+
+def _digest_of(use: LookaheadUse | None) -> str:
+    """That ranks compare: of what the file holds, as each host may keep it elsewhere. It was read before."""
+    if use is None or use.file is None:
+        return "none"
+    return hashlib.sha256(use.file.read_bytes()).hexdigest()[:12]
 
 
 def _device(options: RankOptions, launch: Launch) -> torch.device:

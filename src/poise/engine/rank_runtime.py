@@ -63,8 +63,9 @@ class RankRuntime:
         """The model, with what this rank takes."""
         return self.planned.blueprint
 
-    def load(self, on_loaded: OnLoaded | None) -> None:
-        """Reads dense weights and this rank's experts; returns when all ranks have. Raises BudgetError, RankLostError."""
+    def load(self, on_loaded: OnLoaded | None, on_compile: Callable[[], None] | None) -> None:
+        """Reads dense weights and this rank's experts; returns when all ranks have. ``on_compile``: is told when planners are
+        about to be compiled, which takes long the first time on a machine. Raises BudgetError, RankLostError."""
         group, drawn = self._group, self.blueprint
         drawn.plan(SHORTEST)  # raises BudgetError where a rank's part does not fit
         load_dense(drawn.model, drawn.checkpoint, drawn.layout, drawn.dtype.dtype, group.device)
@@ -88,6 +89,8 @@ class RankRuntime:
         layers = self._layers(experts)
         self.recorder = RankRecorder(group, len(placement.layers))
         self.runner = self._runner(layers)
+        if on_compile is not None and planned.balances.name != "static":
+            on_compile()
         self._balance(layers, experts)
         group.meet("loaded")
         self.is_loaded = True

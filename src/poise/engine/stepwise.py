@@ -10,9 +10,8 @@ import numpy.typing as npt
 import torch
 
 from poise.engine.blueprint import Blueprint
+from poise.engine.lookahead_use import make_lookahead
 from poise.errors import UsageError
-from poise.model.fingerprint import model_fingerprint
-from poise.model.lookahead import Lookahead
 from poise.parallel.forecast import Ahead, Forecast, LastPass, Replayed
 from poise.parallel.group import RankGroup
 from poise.parallel.links import open_links
@@ -93,11 +92,9 @@ def forecast_of(
         return Replayed(_replay(options.replay, rank, num_layers, num_experts))
     if options.predictor == "last":
         return LastPass(num_layers, num_experts)
-    if options.lookahead is None:
-        lookahead = Lookahead.of_model(drawn.model, drawn.modules)
-    else:
-        fingerprint = model_fingerprint(drawn.checkpoint)
-        lookahead = Lookahead.load(options.lookahead, drawn.model, drawn.modules, fingerprint=fingerprint)
+    use = drawn.options.lookahead
+    assert use is not None, "whoever asks routers early has drawn the model up with that"
+    lookahead = make_lookahead(use, drawn.model, drawn.modules, drawn.sites, drawn.checkpoint)
     return Ahead(lookahead, num_layers, num_experts)
 
 

@@ -9,7 +9,7 @@ Letters: T tokens, H hidden size, E experts, K choices, W width. Layers are coun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -97,6 +97,11 @@ class Lookahead(nn.Module):
         return lookahead
 
     @property
+    def name(self) -> str:
+        """For people."""
+        return f"{'frozen' if self.width is None else 'distilled'} routers, asked a layer early"
+
+    @property
     def predicted_layers(self) -> tuple[int, ...]:
         """The layers that ``predicts``, ascending."""
         return self._predicted
@@ -160,9 +165,7 @@ class Lookahead(nn.Module):
         sites: Sequence[RouterSite | None] | None = None,
     ) -> Self:
         """``fingerprint``: of the loaded ``model``. Raises TraceError for a file that is damaged or of another model."""
-        tensors, fields = LOOKAHEAD_FORMAT.load(path)
-        if fields["model"] != fingerprint:
-            raise LOOKAHEAD_FORMAT.refusal(path, f"is of model {fields['model'][:60]}, and this one is {fingerprint}")
+        tensors, fields = _read(path, fingerprint)
         inner_PWH, outer_PEW = tensors["inner"], tensors["outer"]
         width = inner_PWH.shape[1]
         if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
@@ -203,10 +206,17 @@ class Lookahead(nn.Module):
         return added_TE
 
 
-def saved_width(path: Path) -> int:
-    """The width of a saved predictor. Raises TraceError for a file that is none."""
-    tensors, _ = LOOKAHEAD_FORMAT.load(path)
+def saved_width(path: Path, *, fingerprint: str) -> int:
+    """The width of a saved predictor. Raises TraceError for a file that is none, or not of the model of ``fingerprint``."""
+    tensors, _ = _read(path, fingerprint)
     return int(tensors["inner"].shape[1])
+
+
+def _read(path: Path, fingerprint: str) -> tuple[Mapping[str, npt.NDArray[Any]], Mapping[str, Any]]:
+    tensors, fields = LOOKAHEAD_FORMAT.load(path)
+    if fields["model"] != fingerprint:
+        raise LOOKAHEAD_FORMAT.refusal(path, f"is of model {fields['model'][:60]}, and this one is {fingerprint}")
+    return tensors, fields
 
 
 def _stacked(weights: Sequence[torch.Tensor]) -> npt.NDArray[Any]:

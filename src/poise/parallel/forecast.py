@@ -17,7 +17,10 @@ Counts = npt.NDArray[np.int64]
 
 
 class Forecast(Protocol):
-    """Of one rank."""
+    """Of one rank. ``name``: for people, as in "predicted by ..."."""
+
+    @property
+    def name(self) -> str: ...
 
     def saw(self, layer: int, own_E: Counts) -> None:
         """The true counts of this rank's tokens at a layer. Layers come in order, pass after pass."""
@@ -30,6 +33,8 @@ class Forecast(Protocol):
 
 class LastPass:
     """As it was in the pass before; nothing before that is known."""
+
+    name = "the pass before"
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._last_LE = np.zeros((num_layers, num_experts), dtype=np.int64)
@@ -47,7 +52,13 @@ class Ahead:
     def __init__(self, lookahead: Lookahead, num_layers: int, num_experts: int) -> None:
         self._lookahead = lookahead
         self._last = LastPass(num_layers, num_experts)
-        self._num_experts = num_experts
+        self._num_layers, self._num_experts = num_layers, num_experts
+
+    @property
+    def name(self) -> str:
+        if not self._lookahead.predicted_layers:
+            return self._last.name
+        return f"{self._lookahead.name} ({len(self._lookahead.predicted_layers)} of {self._num_layers} layers)"
 
     def saw(self, layer: int, own_E: Counts) -> None:
         self._last.saw(layer, own_E)
@@ -62,6 +73,8 @@ class Ahead:
 
 class Replayed:
     """What is known from an earlier run over the same tokens, pass by pass: an oracle, for measurements."""
+
+    name = "an earlier run"
 
     def __init__(self, counts_PLE: npt.NDArray[np.integer]) -> None:
         self._counts_PLE = np.asarray(counts_PLE, dtype=np.int64)

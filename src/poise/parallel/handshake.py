@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch.distributed.distributed_c10d import Store
 
-from poise.errors import PoiseError, RanksError
+from poise.errors import PoiseError, RanksError, UsageError
 from poise.parallel.launch import Launch
 from poise.spec.placement import Placement
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 REMEDIES = {
     "checkpoint": "give every rank the same MODEL",
+    "lookahead": "give every rank the same file",
     "placement": "give every rank the same placement",
     "poise": "install one version on every machine",
     "torch": "install one version on every machine",
@@ -74,11 +75,15 @@ def shake_hands(store: Store, rank: int, num_ranks: int, facts: Mapping[str, str
 
 @contextmanager
 def heard_by_others(launch: Launch) -> Iterator[None]:
-    """What a rank does before it shakes hands: where it fails, the others hear why, instead of waiting for it."""
+    """What a rank does before it shakes hands: where it fails, the others hear why, instead of waiting for it.
+
+    Raises a shared RanksError on a rank that found the same wrong with its input as rank 0 did.
+    """
     try:
         yield
     except BaseException as error:
-        _tell(launch, error)
+        if _tell(launch, error):
+            raise RanksError(str(error), is_shared=True) from None
         raise
 
 
@@ -102,18 +107,30 @@ def wait_for_keys(store: Store, keys: list[str], *, timeout_s: float) -> bool:
     return True
 
 
-def _tell(launch: Launch, error: BaseException) -> None:
+def _tell(launch: Launch, error: BaseException) -> bool:
+    """Whether rank 0 says the same of bad input."""
     kind = "" if isinstance(error, PoiseError) else f"{type(error).__name__}: "
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{kind}{line}"
     try:
         store = launch.connect(timeout_s=_TELL_S)
         store.set(f"hello/{launch.rank}", json.dumps({_GAVE_UP: reason}))
+        is_alike = launch.rank > 0 and isinstance(error, UsageError) and _first_gave_up(store) == reason
         store.set(f"read/{launch.rank}", "yes")
         if launch.keeps_store:
             wait_for_keys(store, [f"read/{other}" for other in range(launch.num_ranks)], timeout_s=_TELL_S)
     except (RanksError, RuntimeError):
         logger.debug("the other ranks cannot be told that rank %d gives up", launch.rank)
+        return False
+    return is_alike
+
+
+def _first_gave_up(store: Store) -> str | None:
+    """What rank 0 says is wrong, if it comes to that soon; None: nothing, or not yet."""
+    if not wait_for_keys(store, ["hello/0"], timeout_s=_TELL_S):
+        return None
+    theirs: dict[str, str] = json.loads(store.get("hello/0"))
+    return theirs.get(_GAVE_UP)
 
 
 def _await(store: Store, key: str, deadline: float, rank: int, timeout_s: float) -> str:

@@ -70,6 +70,11 @@ class StepBalance:
         """Of the layer at hand."""
 
     @property
+    def predictor(self) -> str:
+        """Who says what the next layer's tokens will choose."""
+        return "nobody" if self._forecast is None else self._forecast.name
+
+    @property
     def timeline(self) -> Timeline | None:
         """Gets spans of what is done here, and of the track."""
         return self.track.timeline

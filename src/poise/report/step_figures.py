@@ -70,14 +70,15 @@ class StepFigures:
             "steps": _table(self, "_P"),
         }
 
-    def lines(self) -> list[str]:
-        """For people: how even the steps became, with how many replicas, and for how much."""
+    def lines(self, predictor: str) -> list[str]:
+        """For people: how even the steps became, by whose predictions, with how many replicas, and for how much."""
         planned, used = self.replicas_planned_P.sum(), self.replicas_used_P.sum()
         balanced = self.passes * len(self.home_imbalance_L)
         return [
             f"steps balanced: tokens, most of a rank over the mean, {self.home_imbalance_P.mean():.2f} with experts at home, "
-            f"{self.imbalance_P.mean():.2f} with replicas; {_share(self.guessed_wrong_P, self.own_pairs_P):.0%} of the tokens "
-            "were predicted for other experts",
+            f"{self.imbalance_P.mean():.2f} with replicas",
+            f"predicted by {predictor}: {1 - _share(self.guessed_wrong_P, self.own_pairs_P):.0%} of the tokens for the experts "
+            "that they went to",
             f"replicas: {used:.0f} used, {planned - used:.0f} late, {format_bytes(float(self.replica_bytes_P.sum()))} came; "
             f"in {self.declined_P.sum():.0f} of {balanced} layers none paid",
             f"cost of it: {_share(self.exposed_s_P, self.pass_s_P):.1%} of the passes, and "

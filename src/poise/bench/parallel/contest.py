@@ -25,7 +25,7 @@ MOVERS: Contenders = {
     "vibe": {"balance": "vibe", "policy": {"interval": 2}},
 }
 PROBE: Contenders = {"probe": {"balance": "probe"}}
-PROBE_VIBE: Contenders = {"probe + vibe": {"balance": "probe", "behind": "vibe", "policy": {"interval": 2}}}
+PROBE_VIBE: Contenders = {"probe + vibe": {"balance": "probe+vibe", "policy": {"interval": 2}}}
 ORACLE: Contenders = {"oracle": {"balance": "probe", "steps": {"predictor": "replayed", "replay": REPLAY}}}
 
 

@@ -3,8 +3,8 @@
 A job: ``model``, ``memory``, ``dtype``, ``balance`` (or ``reference``: one process, no ranks), ``groups`` ([[batch size,
 batches]]), ``prompts`` (JSON file of token ids, in the order of passes), ``new_tokens``; optional ``policy`` (fields other than
 as they are), ``placement`` (as its file has it), ``redundant_slots``, ``keeps_records`` (every layer of every pass, into a
-file), ``steps`` (as ``policy``, where each step is balanced), ``behind`` ("vibe": experts move behind that),
-``tells_passes`` (how many are done, in a file), ``has_figures`` (False: no layer is taken down).
+file), ``steps`` (as ``policy``, where each step is balanced), ``tells_passes`` (how many are done, in a file), ``has_figures``
+(False: no layer is taken down).
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ from poise.engine.llm import LLM
 from poise.engine.parallel_llm import ParallelLLM
 from poise.engine.request import Prompt, RequestOutput
 from poise.engine.sampling import SamplingParams
-from poise.engine.vibe import Vibe
 from poise.parallel.launch import Launch
 from poise.parallel.moe_layer import LayerRecord
-from poise.parallel.step_options import StepOptions
-from poise.plan.rebalance import Rebalance
 from poise.spec.placement import Placement
 from poise.spec.whole_file import write_whole
 
@@ -89,15 +86,13 @@ class _Rank:
     def _open(self) -> ParallelLLM:
         job = self._job
         named = BALANCES[job["balance"]]
-        policy: Rebalance | None = None
-        steps: StepOptions | None = None
-        if isinstance(named, StepOptions):
+        policy, steps = named.policy, named.steps
+        if policy is not None:
+            policy = replace(policy, **job.get("policy", {}))  # type: ignore[type-var]
+        if steps is not None:
             given: dict[str, Any] = job.get("steps", {})
             given = {name: Path(value) if name in PATHS else value for name, value in given.items()}
-            steps = replace(named, **given)
-            policy = Vibe(**job.get("policy", {})) if job.get("behind") == "vibe" else None
-        elif named is not None:
-            policy = replace(named, **job.get("policy", {}))  # type: ignore[type-var]
+            steps = replace(steps, **given)
         placement, groups = job.get("placement"), job.get("groups")
         llm = ParallelLLM(
             job["model"],
