@@ -96,12 +96,14 @@ def test_greedy_tokens_are_those_of_each_prompt_alone_while_replicas_come(
     results = start_ranks(generate, ranks, tmp_path, path, prompts, steps, policy).results(within_s=120)
     assert results[0]["tokens"] == [expected(reference(path), prompt, TOKENS) for prompt in prompts]
     records_R = [result["records"] for result in results]
-    used = sum(record.replicas_used for records in records_R for record in records)
+    used = sum(record.note.replicas_used for records in records_R for record in records)
     assert used > 0, "no replica came, so that nothing was tested"
     for layer in zip(*records_R, strict=True):
-        assert sum(record.routed_tokens for record in layer) == sum(record.own_pairs for record in layer)
-        assert sum(record.home_pairs for record in layer) == pytest.approx(sum(record.own_pairs for record in layer))
-        assert len({record.declined for record in layer}) == 1
+        assert sum(record.routed_tokens for record in layer) == sum(record.note.own_pairs for record in layer)
+        assert sum(record.note.home_pairs for record in layer) == pytest.approx(
+            sum(record.note.own_pairs for record in layer)
+        )
+        assert len({record.note.declined for record in layer}) == 1
     if policy is not None:
         assert results[0]["moved"] > 0
         assert results[0]["name"] == "probe+rotate"
@@ -117,4 +119,4 @@ def test_on_unequal_ranks_experts_move_away_from_the_slow_one_while_replicas_com
     assert results[0]["tokens"] == [expected(reference(path), prompt, 32) for prompt in prompts]
     assert results[0]["name"] == "probe+vibe"
     assert results[0]["moved"] > 0
-    assert sum(record.replicas_used for result in results for record in result["records"]) > 0
+    assert sum(record.note.replicas_used for result in results for record in result["records"]) > 0

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from poise.report.rank_figures import MOST_RANKS, RankFigures, figures_of, joined
+from poise.report.rank_figures import MOST_RANKS, RankFigures, figures_of
 
 
 def values(ranks: int, passes: int, layers: int, **given: object) -> dict[str, np.ndarray]:
@@ -61,7 +61,7 @@ def test_passes_one_after_the_other_are_joined_by_their_number() -> None:
     even = figures_of(
         values(2, 6, 2, routed_tokens=5.0, compute_s=1.0, total_s=1.0), np.full((2, 6), 9.0), np.zeros((2, 6))
     )
-    both = joined([one, even])
+    both = RankFigures.joined([one, even])
     assert both.passes == 8
     assert both.imbalance_L == pytest.approx([(2 * 1.5 + 6 * 1.0) / 8] * 2)
     assert both.expert_s_R == pytest.approx([16.0, 24.0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from poise.report.step_figures import joined_steps, step_figures_of
+from poise.report.step_figures import StepFigures, step_figures_of
 
 
 def layer_of(**values: list[list[list[float]]]) -> dict[str, np.ndarray]:
@@ -48,7 +48,7 @@ def test_imbalance_before_and_after_guesses_and_what_is_exposed() -> None:
 
 def test_figures_of_passes_one_after_the_other() -> None:
     one = step_figures_of(layer_of(home_pairs=[[[3, 1]], [[1, 1]]]), np.ones((2, 1)))
-    both = joined_steps([one, one, step_figures_of(layer_of(), np.full((2, 1), 2.0))])
+    both = StepFigures.joined([one, one, step_figures_of(layer_of(), np.full((2, 1), 2.0))])
     assert both.passes == 3
     assert both.pass_s_P.tolist() == [1, 1, 2]
     assert both.home_imbalance_L.tolist() == pytest.approx([(1.5 + 1.5 + 1) / 3, 1])

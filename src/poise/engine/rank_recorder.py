@@ -1,7 +1,7 @@
 """Takes down what this rank does in every layer of every pass, and now and then tells the other ranks.
 
 A few microseconds a layer, a message every ``INTERVAL`` passes, memory for that many. What is told are the fields of
-``LayerRecord``: one that is added there is told too, and ``report.rank_figures`` decides what becomes of it.
+``LayerRecord`` and of its ``StepNote``: one that is added there is told too, and ``report`` decides what becomes of it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import torch
 
 from poise.parallel.group import RankGroup
 from poise.parallel.moe_layer import LayerRecord
-from poise.report.rank_figures import RankFigures, figures_of, joined
-from poise.report.step_figures import StepFigures, joined_steps, step_figures_of
+from poise.parallel.step_note import StepNote
+from poise.report.rank_figures import RankFigures, figures_of
+from poise.report.step_figures import StepFigures, step_figures_of
 
 INTERVAL = 64
 """Passes between two messages."""
-NAMES = tuple(each.name for each in fields(LayerRecord) if each.name != "layer")
+OWN = tuple(each.name for each in fields(LayerRecord) if each.name not in ("layer", "note"))
+NOTED = tuple(each.name for each in fields(StepNote))
+NAMES = OWN + NOTED
 
 
 class RankRecorder:
@@ -28,7 +31,7 @@ class RankRecorder:
 
     def __init__(self, group: RankGroup, num_layers: int) -> None:
         self._group = group
-        self._values = attrgetter(*NAMES)
+        self._values = attrgetter(*OWN, *(f"note.{name}" for name in NOTED))
         self._layers_PLF = np.zeros((INTERVAL, num_layers, len(NAMES)))
         self._passes_P2 = np.zeros((INTERVAL, 2))
         self._passes = 0
@@ -45,12 +48,12 @@ class RankRecorder:
     @property
     def figures(self) -> RankFigures | None:
         """Of what was gathered since ``begin``, on rank 0; None before, and on the others."""
-        return joined(self._parts) if self._parts else None
+        return RankFigures.joined(self._parts) if self._parts else None
 
     @property
     def step_figures(self) -> StepFigures | None:
         """Likewise, of what balancing each step did; None where that is not done."""
-        return joined_steps(self._steps) if self._steps else None
+        return StepFigures.joined(self._steps) if self._steps else None
 
     def begin(self) -> None:
         """Forgets everything."""

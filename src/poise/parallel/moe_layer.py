@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from time import perf_counter, perf_counter_ns
 
 import numpy as np
@@ -37,11 +37,7 @@ class LayerRecord:
     from its own last expert until all outputs were back, with the wait for the slowest rank. ``sent_bytes``: of tokens to
     other ranks, one way.
 
-    Where steps are balanced: ``home_pairs``: what it would have computed with its experts at home alone. ``own_pairs``: of
-    its own tokens, of which ``guessed_wrong`` were predicted for other experts. ``replicas_planned`` for it, of which
-    ``replicas_used`` came in time; ``replica_bytes`` came in all. ``declined``: 1 where nothing paid. ``counts_s``: to tell and
-    hear counts, part of ``waited_s``, where that is one message more than without; ``balance_s``: predicting, planning and
-    dividing on the computing thread; ``aux_s``: processor time of the auxiliary thread.
+    ``note``: what balancing the step did, whose ``told_s`` is part of ``waited_s``.
     """
 
     layer: int
@@ -53,19 +49,7 @@ class LayerRecord:
     combine_s: float
     total_s: float
     sent_bytes: int
-    home_pairs: float
-    own_pairs: int = 0
-    guessed_wrong: int = 0
-    replicas_planned: int = 0
-    replicas_used: int = 0
-    replica_bytes: int = 0
-    declined: int = 0
-    counts_s: float = 0.0
-    balance_s: float = 0.0
-    aux_s: float = 0.0
-
-
-NOTED = tuple(each.name for each in fields(StepNote) if each.name not in ("home_pairs", "told_s"))
+    note: StepNote
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -215,8 +199,7 @@ class ExpertParallelLayers:
             combine_s=combine_s,
             total_s=perf_counter() - turn.began_s,
             sent_bytes=received.nbytes,
-            home_pairs=note.home_pairs,
-            **{name: getattr(note, name) for name in NOTED},
+            note=note,
         )
         if self.records is not None:
             self.records.append(record)

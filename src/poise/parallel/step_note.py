@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class StepNote:
-    """What balancing did for one layer on one rank: fields and units as those of ``moe_layer.LayerRecord``.
+    """What balancing did for one layer on one rank; seconds and bytes are its own.
 
-    ``told_s``: to tell and hear counts, always.
+    ``home_pairs``: (token, expert) pairs that it would have computed with its experts at home alone. ``own_pairs``: of its own
+    tokens, of which ``guessed_wrong`` were predicted for other experts. ``replicas_planned`` for it, of which ``replicas_used``
+    came in time; ``replica_bytes`` came in all. ``declined``: 1 where nothing paid. ``told_s``: to tell and hear counts;
+    ``counts_s``: the same where that is one message more than without. ``balance_s``: predicting, planning and dividing on the
+    computing thread; ``aux_s``: processor time of the auxiliary thread.
     """
 
     home_pairs: float = 0.0

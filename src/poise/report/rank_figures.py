@@ -6,22 +6,21 @@ passes, L MoE layers. Seconds are of each rank's own clock; no clock is compared
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from poise.report.of_passes import Floats, OfPasses, over_mean, spread
 from poise.units import format_bytes, format_s
 
-Floats = npt.NDArray[np.float64]
 MOST_RANKS = 16
 """Ranks that a summary for people lists; of more, those that the others wait for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class RankFigures:
+class RankFigures(OfPasses):
     """Imbalance is the most of a rank over the mean of all: of (token, expert) pairs, and of the time of experts.
 
     By pass: ``pass_s_P`` of the slowest rank; imbalances, means over layers; ``slowest_s_P``, what the slowest rank of each
@@ -32,7 +31,6 @@ class RankFigures:
     sent; pairs computed. Where passes run in halves, waiting and exchanging lie behind the other two.
     """
 
-    pass_s_P: Floats
     imbalance_P: Floats
     time_imbalance_P: Floats
     slowest_s_P: Floats
@@ -52,10 +50,6 @@ class RankFigures:
     sent_bytes_R: Floats
     pairs_R: Floats
 
-    @property
-    def passes(self) -> int:
-        return len(self.pass_s_P)
-
     def to_json(self) -> dict[str, Any]:
         """For machines: a summary, then by rank, by layer, by pass, and by rank and pass."""
         return {
@@ -63,10 +57,10 @@ class RankFigures:
             "imbalance": spread(self.imbalance_P),
             "time_imbalance": spread(self.time_imbalance_P),
             "pass_s": spread(self.pass_s_P),
-            "ranks": _table(self, "_R"),
-            "layers": _table(self, "_L"),
-            "steps": _table(self, "_P"),
-            "ranks_steps": _table(self, "_RP"),
+            "ranks": self.table("_R"),
+            "layers": self.table("_L"),
+            "steps": self.table("_P"),
+            "ranks_steps": self.table("_RP"),
         }
 
     def lines(self) -> list[str]:
@@ -124,40 +118,3 @@ def figures_of(layer: Mapping[str, Floats], pass_s_RP: Floats, agreed_s_RP: Floa
         sent_bytes_R=sent_RPL.sum(axis=(1, 2)),
         pairs_R=pairs_RPL.sum(axis=(1, 2)),
     )
-
-
-def joined(parts: Sequence[RankFigures]) -> RankFigures:
-    """Figures of passes one after the other."""
-    weight_N = [part.passes for part in parts]
-    values = {}
-    for name in RankFigures.__dataclass_fields__:
-        each = [getattr(part, name) for part in parts]
-        if name.endswith(("_P", "_RP")):
-            values[name] = np.concatenate(each, axis=-1)
-        elif name.endswith("_L"):
-            values[name] = np.average(each, axis=0, weights=weight_N)
-        else:
-            values[name] = np.sum(each, axis=0)
-    return RankFigures(**values)
-
-
-def spread(values: Floats) -> dict[str, float]:
-    """Mean, median, 95th percentile and maximum."""
-    return {
-        "mean": float(values.mean()),
-        "median": float(np.median(values)),
-        "p95": float(np.quantile(values, 0.95)),
-        "max": float(values.max()),
-    }
-
-
-def _table(figures: RankFigures, letter: str) -> dict[str, list[Any]]:
-    names = [name for name in RankFigures.__dataclass_fields__ if name.endswith(letter)]
-    return {name.removesuffix(letter): getattr(figures, name).tolist() for name in names}
-
-
-def over_mean(values_RPL: Floats) -> Floats:
-    """The most of a rank over the mean; 1 where nothing was computed."""
-    mean_PL = values_RPL.mean(axis=0)
-    ratio_PL: Floats = np.divide(values_RPL.max(axis=0), mean_PL, out=np.ones_like(mean_PL), where=mean_PL > 0)
-    return ratio_PL

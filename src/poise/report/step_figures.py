@@ -6,18 +6,16 @@ passes, L MoE layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from poise.report.rank_figures import Floats, over_mean, spread
+from poise.report.of_passes import Floats, OfPasses, over_mean, spread
 from poise.units import format_bytes, format_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class StepFigures:
+class StepFigures(OfPasses):
     """By pass (sums over layers and ranks, means of imbalances) and by layer (means over passes of sums over ranks).
 
     ``home_imbalance``: of (token, expert) pairs, had each rank computed its experts at home alone; ``imbalance``: as it was.
@@ -37,7 +35,6 @@ class StepFigures:
     declined_P: Floats
     exposed_s_P: Floats
     aux_s_P: Floats
-    pass_s_P: Floats
     home_imbalance_L: Floats
     imbalance_L: Floats
     own_pairs_L: Floats
@@ -48,10 +45,6 @@ class StepFigures:
     declined_L: Floats
     exposed_s_L: Floats
     aux_s_L: Floats
-
-    @property
-    def passes(self) -> int:
-        return len(self.pass_s_P)
 
     def to_json(self) -> dict[str, Any]:
         """For machines: a summary, then by layer and by pass."""
@@ -66,8 +59,8 @@ class StepFigures:
             "declined": float(self.declined_P.sum()),
             "exposed_frac": _share(self.exposed_s_P, self.pass_s_P),
             "aux_s": float(self.aux_s_P.sum()),
-            "layers": _table(self, "_L"),
-            "steps": _table(self, "_P"),
+            "layers": self.table("_L"),
+            "steps": self.table("_P"),
         }
 
     def lines(self, predictor: str) -> list[str]:
@@ -106,21 +99,5 @@ def step_figures_of(layer: Mapping[str, Floats], pass_s_RP: Floats) -> StepFigur
     )
 
 
-def joined_steps(parts: Sequence[StepFigures]) -> StepFigures:
-    """Figures of passes one after the other."""
-    weight_N = [part.passes for part in parts]
-    values = {}
-    for name in StepFigures.__dataclass_fields__:
-        each = [getattr(part, name) for part in parts]
-        is_by_pass = name.endswith("_P")
-        values[name] = np.concatenate(each) if is_by_pass else np.average(each, axis=0, weights=weight_N)
-    return StepFigures(**values)
-
-
 def _share(part: Floats, whole: Floats) -> float:
     return float(part.sum() / whole.sum()) if whole.any() else 0.0
-
-
-def _table(figures: StepFigures, letter: str) -> dict[str, list[float]]:
-    names = [name for name in StepFigures.__dataclass_fields__ if name.endswith(letter)]
-    return {name.removesuffix(letter): getattr(figures, name).tolist() for name in names}
