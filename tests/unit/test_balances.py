@@ -35,6 +35,7 @@ def test_auto_balances_each_step_where_replicas_can_come_and_says_why_it_does_no
     on_gpus = of("auto", device="cuda")
     assert on_gpus.name == "static"
     assert "GPUs" in on_gpus.reason
+    assert of("probe", device="cuda").name == "probe", "it was asked for"
 
 
 def test_what_is_given_is_what_runs() -> None:
@@ -45,12 +46,6 @@ def test_what_is_given_is_what_runs() -> None:
     both = of("probe+vibe", policy=Vibe(interval=2), steps=steps)
     assert (both.policy, both.steps, both.redundant_slots) == (Vibe(interval=2), steps, 2)
     assert of("probe", policy=Vibe()).name == "probe+vibe"
-
-
-@pytest.mark.parametrize("name", ["probe", "probe+vibe"])
-def test_replicas_that_are_asked_for_are_refused_on_gpus(name: str) -> None:
-    with pytest.raises(UsageError, match=rf"balance '{name.replace('+', '.')}' runs on CPUs only"):
-        of(name, device="cuda")
 
 
 def test_a_name_that_is_not_known_is_refused_with_all_that_are() -> None:

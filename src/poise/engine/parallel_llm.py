@@ -52,7 +52,7 @@ class ParallelLLM:
     """A model loaded on this rank. Parameters as those of ``LLM`` of the same names; ``memory`` is each rank's own budget,
     ``auto`` an even part of what its host has free.
 
-    ``balance``: one of ``BALANCES``; "auto" is "probe" where replicas can come, else "static". ``policy``: how experts are
+    ``balance``: one of ``BALANCES``; "auto" is "probe" for several ranks on CPUs, else "static". ``policy``: how experts are
     placed while running, in place of the one of that name; ``steps``: how each step is balanced, likewise. Both together:
     experts move slowly behind, replicas come for each step.
     ``redundant_slots``: copies of experts that each rank holds in each layer beyond its even share; None: 2 where experts
