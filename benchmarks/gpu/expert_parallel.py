@@ -21,6 +21,7 @@ import torch
 from benchmarks.gpu.expert_curves import expert_curves
 from benchmarks.gpu.hiding import hiding, pcie_bytes_per_s
 from benchmarks.gpu.step_costs import lookahead_costs, round_trip
+from benchmarks.gpu.transport import transport
 from poise.bench.machine import stamp
 from poise.bench.results import document, write_result
 
@@ -38,6 +39,7 @@ def main() -> None:
     parts: dict[str, Callable[[], object]] = {
         "pcie_bytes_per_s": pcie_bytes_per_s,
         "hiding": hiding,
+        "transport": transport,
         "round_trip": round_trip,
         "lookahead": lookahead_costs,
         "expert_curves": lambda: expert_curves(asked.cap_s),

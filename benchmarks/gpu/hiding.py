@@ -112,8 +112,22 @@ def _arrivals(expert_bytes: int) -> list[tuple[str, Callable[[], object], int]]:
     def copies(sources: list[torch.Tensor]) -> Callable[[], object]:
         return lambda: [slot.copy_(one, non_blocking=True) for slot, one in zip(slots, sources, strict=True)]
 
+    outward, leaving = torch.cuda.Stream(), [torch.empty_like(one).pin_memory() for one in host]
+
+    def both_ways() -> None:
+        outward.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(outward):
+            for one, home in zip(leaving, near, strict=True):
+                one.copy_(home, non_blocking=True)
+        copies(host)()
+        torch.cuda.current_stream().wait_stream(outward)
+
     nbytes = REPLICAS * expert_bytes
-    ways = [("PCIe, copy engine", copies(host), nbytes), ("inside, as the driver copies", copies(near), nbytes)]
+    ways = [
+        ("PCIe, copy engine", copies(host), nbytes),
+        ("PCIe, as many the other way", both_ways, nbytes),
+        ("inside, as the driver copies", copies(near), nbytes),
+    ]
     copy = _capped_copy()
     for count in SM_COUNTS:
 
