@@ -22,6 +22,7 @@ from poise.model.inspect import DTYPES, build_meta_model, choose_dtype, find_exp
 from poise.model.layout import CheckpointLayout, find_layout
 from poise.model.weights import converter_for, slot_bytes_for
 from poise.offload.expert_store import ExpertStore
+from poise.offload.loader import open_disk_store
 
 MakeCheckpoint = Callable[..., Path]
 OpenRunner = Callable[..., Runner]
@@ -216,7 +217,7 @@ def open_layout(path: Path, dtype: str = "auto") -> tuple[Any, CheckpointLayout,
 
 def open_store(model: Any, layout: CheckpointLayout, *, slots: int, threads: int = 2) -> ExpertStore:
     """A store over a layout that can grow to hold every expert."""
-    return ExpertStore(
+    return open_disk_store(
         layout.experts_LE,
         num_slots=slots,
         slot_bytes=slot_bytes_for(layout.experts_LE),

@@ -19,12 +19,12 @@ POISE = (sys.executable, "-m", "poise")
 
 FLAGS = {
     "generate": (
-        "--prompts --output --resume --overwrite --max-tokens --memory --device --dtype --quantize --machine "
+        "--prompts --output --resume --overwrite --max-tokens --memory --device --device-memory --dtype --quantize --machine "
         "--timeline --correlation-table --save-table --temperature --top-p --top-k --seed --stop --ignore-eos "
         "--expert-parallel --balance --lookahead --replica-slots --json"
     ),
     "plan": (
-        "--prompts --num-requests --prompt-tokens --max-tokens --memory --device --dtype --quantize --machine "
+        "--prompts --num-requests --prompt-tokens --max-tokens --memory --device --device-memory --dtype --quantize --machine "
         "--correlation-table --trace --json"
     ),
     "demo": "--json",

@@ -29,6 +29,7 @@ OPTIONS = PlanOptions(
     prompt_tokens=20,
     memory=str(BUDGET),
     device="auto",
+    device_memory="auto",
     dtype="auto",
     quantize="none",
     machine=None,

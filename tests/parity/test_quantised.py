@@ -88,7 +88,7 @@ def test_all_weights_equal_those_of_transformers_bit_for_bit(
             assert torch.equal(weight, want), name
         store = llm._open()
         store.resize(1)
-        for layer, row in enumerate(store._loader._sources_LE):
+        for layer, row in enumerate(store._supplier._sources_LE):
             experts = plain.get_submodule(row[0].module)
             for source in row:
                 store.request(layer, [source.expert])

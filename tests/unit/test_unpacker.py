@@ -30,7 +30,7 @@ def store(path: Path) -> Iterator[ExpertStore]:
 
 
 def experts_of(store: ExpertStore) -> range:
-    return range(len(store._loader._sources_LE[0]))
+    return range(len(store._supplier._sources_LE[0]))
 
 
 def take_all(store: ExpertStore) -> dict[int, torch.Tensor]:

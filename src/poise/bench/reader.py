@@ -30,6 +30,7 @@ from poise.model.checkpoint import TensorRef
 from poise.model.layout import ExpertSource, ParamRecipe
 from poise.model.weights import slot_bytes_for
 from poise.offload.expert_store import ExpertStore
+from poise.offload.loader import open_disk_store
 from poise.units import GIB, KIB, MIB, format_bytes
 
 NAME = "reader"
@@ -92,7 +93,7 @@ def measure(path: Path, expert_bytes: int, *, rounds: int, round_bytes: int) -> 
     """
     sources_LE = _lay_out(path, expert_bytes, min(round_bytes, path.stat().st_size - FIRST_BYTE))
     slot_bytes = slot_bytes_for(sources_LE)
-    store = ExpertStore(
+    store = open_disk_store(
         sources_LE,
         num_slots=SLOTS,
         slot_bytes=slot_bytes,

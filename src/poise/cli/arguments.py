@@ -41,7 +41,15 @@ Memory = Annotated[
         metavar="SIZE", help="Memory for weights, caches and buffers, such as 8GiB; auto: what is free, less a margin."
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: auto or cpu; ranks: cuda, too.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: auto (the CPU), cpu or cuda.")]
+DeviceMemory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="With --device cuda, of the GPU's memory, such as 24GiB; auto: what is free there, less a margin. Experts come to "
+        "it from --memory, which holds all of them or, where it is too small, those needed next.",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

@@ -169,6 +169,7 @@ def _open(options: GenerateOptions, asked: Sequence[tuple[Prompt, SamplingParams
         options.model,
         memory=options.memory,
         device=options.device,
+        device_memory=None if options.device_memory == "auto" else options.device_memory,
         dtype=options.dtype,
         quantize=options.quantize,
         machine=options.machine,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from poise.cli.device_memory import check_device_memory
 from poise.cli.output import writable_file
 from poise.engine.request import QUANTIZATIONS
 from poise.engine.sampling import SamplingParams
@@ -31,6 +32,7 @@ class GenerateOptions:
     overwrite: bool
     memory: str
     device: str
+    device_memory: str
     dtype: str
     quantize: str
     machine: Path | None
@@ -55,6 +57,7 @@ class GenerateOptions:
         self._check_ranks()
         if self.memory != "auto":
             parse_bytes(self.memory)
+        check_device_memory(self.device, self.device_memory, is_rank=self.expert_parallel)
         written = [("--output", self.output), ("--timeline", self.timeline), ("--save-table", self.save_table)]
         named: dict[Path, str] = {}
         for flag, path in written:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from poise.cli.device_memory import check_device_memory
 from poise.cli.plan_tables import plan_as_json, print_plan
 from poise.cli.prompts import PromptRequest, place_of, read_requests
 from poise.engine.request import QUANTIZATIONS, UNKNOWN_PROMPT_TOKENS, UNKNOWN_REQUESTS
@@ -38,6 +39,7 @@ class PlanOptions:
     prompt_tokens: int | None
     memory: str
     device: str
+    device_memory: str
     dtype: str
     quantize: str
     machine: Path | None
@@ -65,6 +67,7 @@ class PlanOptions:
             raise UsageError(f"quantize {self.quantize!r} is not supported; choose one of {', '.join(QUANTIZATIONS)}")
         if self.memory != "auto":
             parse_bytes(self.memory)
+        check_device_memory(self.device, self.device_memory)
 
 
 def run_plan(options: PlanOptions) -> None:
@@ -78,6 +81,7 @@ def run_plan(options: PlanOptions) -> None:
         Options(
             memory=options.memory,
             device=options.device,
+            device_memory=None if options.device_memory == "auto" else options.device_memory,
             dtype=options.dtype,
             quantize=options.quantize,
             machine=options.machine,

@@ -13,6 +13,9 @@ from poise.cost.lookup import attention_curve, expert_curve, token_curve
 from poise.spec.curve import Shape
 from poise.spec.machine import Machine
 
+ATTENTION_KERNELS, EXPERT_KERNELS = 60, 15
+"""That transformers' code and ours launch for a layer's attention, norms and gate of one batch, and for one expert."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShapes:
@@ -57,7 +60,8 @@ class MachineCosts:
 class RooflineCosts:
     """Every part at ``flops_per_s`` or at ``memory_bytes_per_s`` for its weights, whichever is slower.
 
-    ``itemsize``, ``expert_itemsize``: bytes of a dense weight, and of one of an expert's.
+    ``itemsize``, ``expert_itemsize``: bytes of a dense weight, and of one of an expert's. ``launch_s``: of the host's
+    time, what a GPU's kernel takes; a part takes no less than its kernels do.
     """
 
     expert_bytes: int
@@ -68,10 +72,12 @@ class RooflineCosts:
     flops_per_s: float = 100e9
     memory_bytes_per_s: float = 10e9
     disk_bytes_per_s: float = 1e9
+    launch_s: float = 0.0
 
     def attention_s(self, *, rows: int, row_tokens: int, context_tokens: int) -> float:
         """One batch through everything of a layer but its gate and its experts."""
-        return self._product_s(self.attention_bytes, rows * row_tokens, self.itemsize)
+        seconds = self._product_s(self.attention_bytes, rows * row_tokens, self.itemsize)
+        return max(seconds, ATTENTION_KERNELS * self.launch_s)
 
     def gate_s(self, tokens: int) -> float:
         """Next to nothing."""
@@ -79,7 +85,8 @@ class RooflineCosts:
 
     def experts_s(self, tokens: float, active: float) -> float:
         """``tokens`` rows in all through ``active`` experts, evenly."""
-        return active * self._product_s(self.expert_bytes, tokens / active, self.expert_itemsize)
+        seconds = self._product_s(self.expert_bytes, tokens / active, self.expert_itemsize)
+        return active * max(seconds, EXPERT_KERNELS * self.launch_s)
 
     def head_s(self, rows: int) -> float:
         """Logits of ``rows`` rows."""

@@ -16,6 +16,7 @@ import torch
 from poise.engine.batch import Row
 from poise.engine.companions import end_tokens, load_tokenizer
 from poise.engine.dense_weights import DenseLayers, find_dense_layers
+from poise.engine.device_tier import DeviceTier, device_costs, draw_tier, on_device, tier_device
 from poise.engine.dtype import DtypeChoice, choose_for_device
 from poise.engine.footprint import automatic_budget_bytes, reset_peak, resident_bytes
 from poise.engine.kv_file import can_hold_kv
@@ -62,6 +63,8 @@ from poise.spec.model_spec import ModelSpec
 from poise.units import parse_bytes
 
 READER_THREADS = 2
+DEVICES = ("auto", "cpu", "cuda")
+"""``auto`` is the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +76,7 @@ class Options:
 
     memory: str | int = "auto"
     device: str = "auto"
+    device_memory: str | int | None = None
     dtype: str = "auto"
     quantize: str = "none"
     expert_slots: int | None = None
@@ -88,10 +92,8 @@ class Options:
     """On ranks: all experts of one are in its memory, so that it may be a GPU's."""
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu") and not (self.experts_stay and self.device == "cuda"):
-            raise UsageError(
-                f"device {self.device!r} is not supported yet; experts are streamed to the CPU: give auto or cpu"
-            )
+        if self.device not in DEVICES:
+            raise UsageError(f"device {self.device!r} is not known; give one of {', '.join(DEVICES)}")
         if self.quantize not in QUANTIZATIONS:
             raise UsageError(f"quantize {self.quantize!r} is not supported; choose one of {', '.join(QUANTIZATIONS)}")
         if self.expert_slots is not None and self.expert_slots < 1:
@@ -103,7 +105,8 @@ class Blueprint:
     """``model`` lies on the meta device, its experts taken out, until it is loaded in place; all else does not change.
 
     ``base_bytes``: what the process held before anything that the budget counts. ``end_tokens``: they end a sequence.
-    ``sites``: its routers, where there is a lookahead.
+    ``sites``: its routers, where there is a lookahead. ``tier``: the device that experts are copied to, if they are; then the
+    budget is that of DRAM, and ``pipeline`` what lies on the device.
     """
 
     options: Options
@@ -123,11 +126,12 @@ class Blueprint:
     pipeline: PipelineModel
     costs: Costs
     routing: KnownRouting
+    tier: DeviceTier | None = None
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return torch.device("cpu")
+        return torch.device("cpu") if self.tier is None else self.tier.device
 
     @property
     def spec(self) -> ModelSpec:
@@ -152,7 +156,7 @@ class Blueprint:
             pipeline,
             self.costs.layers,
             workload,
-            memory_bytes=self.budget_bytes,
+            memory_bytes=self.budget_bytes if self.tier is None else self.tier.budget_bytes,
             routing=(routing or self.routing).chances,
             only=self.options.groups,
         )
@@ -179,7 +183,7 @@ class Blueprint:
             spec=replace(self.spec, top_k=probed.top_k),
             cache=probed.cache,
             activation=replace(self.pipeline.activation, top_k=probed.top_k),
-            may_move_cache=_may_move_cache(self.options, probed),
+            may_move_cache=_may_move_cache(self.options, probed) if self.tier is None else (False,),
         )
         return replace(self, pipeline=pipeline)
 
@@ -199,6 +203,7 @@ def draw_up(
 
     Raises UsageError (CheckpointError, MachineError, BudgetError) for what cannot run.
     """
+    device = tier_device(options)
     checkpoint = open_checkpoint(find_model(model))
     config = load_config(checkpoint)
     table = read_table(options.correlation_table, checkpoint)
@@ -209,7 +214,7 @@ def draw_up(
     layout = find_layout(checkpoint, meta, modules, dtype.dtype)
     take_out_experts(meta, modules)
     budget_bytes = automatic_budget_bytes() if options.memory == "auto" else parse_bytes(options.memory)
-    machine = _machine(options, checkpoint, layout, dtype.dtype, budget_bytes)
+    machine = _machine(options, checkpoint, layout, dtype.dtype, budget_bytes) if device is None else None
     base_bytes = resident_bytes()
     reset_peak()
     int4 = None
@@ -219,9 +224,18 @@ def draw_up(
         )
     elif options.quantize == "int4":
         layout = layout_in_4_bits(checkpoint, layout, meta, modules)
+    elif device is not None:
+        layout = layout.unpacked()
     elif options.expert_slots is None:
         layout = unpacked_if_it_fits(layout, budget_bytes - dense_nbytes(meta) - OVERHEAD_BYTES)
     sites, dense, pipeline = _planned_with(meta, modules, layout, options, dtype.dtype, width)
+    tier = None if device is None else draw_tier(options, device, layout, memory_bytes=budget_bytes)
+    if tier is None:
+        int4_costs = options.quantize == "int4"
+        costs = layer_costs(machine, meta, modules, dtype.dtype, pipeline.spec, int4=int4_costs)
+    else:
+        pipeline = on_device(pipeline, tier)
+        costs = device_costs(tier, pipeline.spec, dtype.dtype, layout)
     return Blueprint(
         options=options,
         checkpoint=checkpoint,
@@ -238,8 +252,9 @@ def draw_up(
         base_bytes=base_bytes,
         dense=dense,
         pipeline=pipeline,
-        costs=layer_costs(machine, meta, modules, dtype.dtype, pipeline.spec, int4=options.quantize == "int4"),
+        costs=costs,
         routing=routing_of(checkpoint, pipeline.spec, table=table, trace=options.trace),
+        tier=tier,
     )
 
 

@@ -25,6 +25,13 @@ def model_facts(drawn: Blueprint) -> dict[str, object]:
         "budget_bytes": drawn.budget_bytes,
         "base_bytes": drawn.base_bytes,
     }
+    tier = drawn.tier
+    if tier is not None:
+        facts |= {
+            "device": str(tier.device),
+            "device_budget_bytes": tier.budget_bytes,
+            "experts_in_dram": tier.host_slots,
+        }
     if drawn.int4 is not None:
         facts |= {"int4_store": str(drawn.int4.directory), "int4_weight_error": round(drawn.int4.weight_error, 4)}
     return facts

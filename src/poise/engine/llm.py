@@ -14,9 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from poise.engine.batch import Row
 from poise.engine.blueprint import READER_THREADS, Blueprint, Options, draw_up
 from poise.engine.dense_weights import DenseWeights, load_resident
+from poise.engine.device_tier import open_device_store
 from poise.engine.facts import model_facts, plan_facts
 from poise.engine.finite import cause_of_not_finite
 from poise.engine.footprint import give_back_freed_memory, peak_resident_bytes, return_freed_memory
@@ -38,6 +41,7 @@ from poise.model.int4_making import OnMade
 from poise.model.weights import converter_for
 from poise.offload.expert_store import ExpertStore
 from poise.offload.kv_stream import KvStream
+from poise.offload.loader import open_disk_store
 from poise.plan.dense import DensePlan
 from poise.plan.pipeline import PipelinePlan, worth_changing
 from poise.plan.schedule import Policy
@@ -55,15 +59,17 @@ class LLM:
     """A loaded model. ``memory`` bounds everything that is added after the imports: weights, caches, activations.
 
     ``model``: a directory, or an id on the Hugging Face hub. ``memory``: a size such as ``"8GiB"`` or bytes; ``"auto"`` is
-    what is free, less a margin. ``dtype``: ``"auto"`` is the checkpoint's, or what a quantised one says to run in, unless
-    this device is far slower at it (``describe()`` says why). ``quantize``: ``"int4"`` takes the experts from a 4-bit copy,
-    which is made first where there is none; ``on_made(done, total)`` is told of it instead of a bar. ``expert_slots`` caps
-    the experts held in memory below what the budget allows. ``dense_layers``: how many layers' dense weights stay in memory,
-    the others being read in every pass; None: as many as is fastest, decided anew for each call. ``kv_on_disk``: keys and
-    values of batches that are not computing lie in an unnamed file in ``scratch_directory`` (None: where temporary files go);
-    None: where that is planned to be faster. ``machine``: what this machine was measured to take, or the file that `poise
-    profile` wrote; None: measured briefly, once. ``policy``: how passes run. ``correlation_table``: what `poise record
-    --table` or ``save_table`` wrote, else it is learnt while generating; ``learns_table``: also where no expert streams.
+    what is free, less a margin. ``device``: ``"cuda"`` computes on a GPU: dense weights and caches lie there, experts are
+    copied to it from DRAM; ``device_memory`` bounds what lies there (None, ``"auto"``: what is free, less a margin), and with
+    ``"cpu"`` has ordinary memory play a device so small. ``dtype``: ``"auto"`` is the checkpoint's, or what a quantised one
+    says to run in, unless this device is far slower at it (``describe()`` says why). ``quantize``: ``"int4"`` takes the experts
+    from a 4-bit copy, which is made first where there is none; ``on_made(done, total)`` is told of it instead of a bar.
+    ``expert_slots`` caps the experts held in memory below what the budget allows. ``dense_layers``: how many layers' dense
+    weights stay in memory, the others being read in every pass; None: as many as is fastest, decided anew for each call.
+    ``kv_on_disk``: keys and values of batches that are not computing lie in an unnamed file in ``scratch_directory`` (None:
+    where temporary files go); None: where that is planned to be faster. ``machine``: what this machine was measured to take, or
+    the file that `poise profile` wrote; None: measured briefly, once. ``policy``: how passes run. ``correlation_table``: what
+    `poise record --table` or ``save_table`` wrote, else it is learnt while generating; ``learns_table``: also if none streams.
     ``lookahead``: with a predictor of each layer's routing, ``LLM.lookahead``. ``groups``: (batch size, batches) among
     which to choose; None: any. ``expected``: what ``generate`` will be given, if that is known; what is wrong with it is then
     said before weights are read. Raises UsageError (CheckpointError, BudgetError) with one clear line for anything that cannot
@@ -76,6 +82,7 @@ class LLM:
         *,
         memory: str | int = "auto",
         device: str = "auto",
+        device_memory: str | int | None = None,
         dtype: str = "auto",
         quantize: str = "none",
         expert_slots: int | None = None,
@@ -104,6 +111,7 @@ class LLM:
         options = Options(
             memory=memory,
             device=device,
+            device_memory=device_memory,
             dtype=dtype,
             quantize=quantize,
             expert_slots=expert_slots,
@@ -172,6 +180,12 @@ class LLM:
     def peak_bytes(self) -> int:
         """Largest resident set of the process since the model began to load."""
         return peak_resident_bytes()
+
+    @property
+    def device_peak_bytes(self) -> int | None:
+        """The most that torch has given out of a GPU's memory since the process began; None where the CPU computes."""
+        device = self._blueprint.device
+        return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
 
     def describe(self) -> dict[str, object]:
         """Plain numbers about the model and, after a call of ``generate``, the plan it ran under."""
@@ -353,8 +367,10 @@ def _output(row: Row, prompt: Prompt) -> RequestOutput:
 
 def _open_store(drawn: Blueprint) -> ExpertStore:
     """A slot in service, and room for as many as the budget could ever hold."""
+    if drawn.tier is not None:
+        return open_device_store(drawn.tier, drawn.layout, converter_for(drawn.model), readers=READER_THREADS)
     experts_LE, slot_bytes = drawn.layout.experts_LE, drawn.pipeline.slot_bytes
-    return ExpertStore(
+    return open_disk_store(
         experts_LE,
         num_slots=1,
         slot_bytes=slot_bytes,

@@ -98,7 +98,7 @@ class Loop:
             self._admit()
             logits = self._run_pass(counters)
             for batch, logits_BTV in zip(list(self._live), logits, strict=True):
-                self._advance(batch, logits_BTV[:, -1] if batch.yields_tokens else None, listeners)
+                self._advance(batch, logits_BTV[:, -1].cpu() if batch.yields_tokens else None, listeners)
             self._forget_finished()
             progress = self._progress(began, hits, misses, bytes_read)
             if listeners.on_progress is not None:

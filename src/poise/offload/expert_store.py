@@ -1,9 +1,9 @@
 """Experts on demand: asked for as soon as a router has spoken, read behind compute, kept as the policy says.
 
-The compute thread calls ``request`` (what this layer needs), ``take`` (the next expert that is there) and ``release``;
-reader threads deliver. What is read next and who leaves memory for it is decided in ``plan.expert_reads``; here is what is in
-memory, behind one condition. Streamed dense weights wait in the same line (``read_dense``). The reader is given no more than it
-can do at once, so that a late demand never stands behind a row of guesses.
+The compute thread calls ``request`` (what this layer needs), ``take`` (the next expert that is there) and ``release``; a
+supplier's threads deliver, from the tier below: the disk, or DRAM where this is a GPU's memory. What comes next and who leaves
+for it is decided in ``plan.expert_reads``; here is what is in memory, behind one condition. Streamed dense weights wait in the
+same line (``read_dense``). The supplier is given no more than it does at once: a late demand never stands behind many guesses.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from time import perf_counter_ns
 import numpy as np
 
 from poise.errors import ReadError
-from poise.model.arena import Arena
 from poise.model.layout import ExpertSource, Weights
 from poise.model.reader import Done, Label, Read
-from poise.model.weights import Convert, Packed, scratch_bytes_for
+from poise.model.weights import Packed
 from poise.offload.handover import Handover
-from poise.offload.loader import Loader
 from poise.offload.slots import Slots, State
+from poise.offload.supplier import Supplier
 from poise.plan.expert_reads import Dense, Holdings, Idle, NextRead, next_read
 from poise.plan.outlook import Foreseen, Outlook
 from poise.plan.residency import Key
 from poise.plan.schedule import Policy
 from poise.predict.guesses import Guesses, Ints
 from poise.predict.hits import Hits
-from poise.spec.timeline import COMPUTE, DISK, Gaps, Timeline
+from poise.spec.timeline import COMPUTE, Gaps, Timeline
 
 
 @dataclass(slots=True)
@@ -58,26 +57,18 @@ class _DenseRead:
 
 
 class ExpertStore:
-    """Holds up to ``num_slots`` experts of ``sources_LE`` in memory and reads the others when asked."""
+    """Holds up to ``num_slots`` experts in memory and has ``supplier`` bring the others when asked.
 
-    def __init__(
-        self,
-        sources_LE: Sequence[Sequence[ExpertSource]],
-        *,
-        num_slots: int,
-        slot_bytes: int,
-        capacity: int,
-        reader_threads: int,
-        convert: Convert,
-    ) -> None:
-        self._arena = Arena(capacity, slot_bytes)
+    ``experts_L``: how many each MoE layer has. ``scratch_bytes``: of the largest that is unpacked for each use; 0: none is.
+    """
+
+    def __init__(self, experts_L: Sequence[int], supplier: Supplier, *, num_slots: int, scratch_bytes: int = 0) -> None:
         self._slots = Slots(num_slots)
-        self._loader = Loader(sources_LE, self._arena, reader_threads=reader_threads, convert=convert)
-        self._handover = Handover(self._slots, scratch_bytes_for(sources_LE), self._unpacked)
-        self._outlook = Outlook([len(row) for row in sources_LE])
-        self._max_under_way = reader_threads + 1
+        self._supplier = supplier
+        self._handover = Handover(self._slots, scratch_bytes, self._unpacked)
+        self._outlook = Outlook(experts_L)
         self._under_way = 0
-        self._absent_LE = np.array([[e < len(row) for e in range(max(map(len, sources_LE)))] for row in sources_LE])
+        self._absent_LE = np.arange(max(experts_L)) < np.asarray(experts_L)[:, None]
         self._idle_LE = np.zeros_like(self._absent_LE)
         self._ahead: set[Key] = set()
         self._guesses = Guesses()
@@ -97,18 +88,18 @@ class ExpertStore:
     @property
     def is_direct(self) -> bool:
         """Whether reads bypass the page cache."""
-        return self._loader.is_direct
+        return self._supplier.is_direct
 
     @property
     def timeline(self) -> Timeline | None:
         """Where reads, waits and idle times of the disk are recorded; None: nowhere."""
-        return self._loader.timeline
+        return self._supplier.timeline
 
     @timeline.setter
     def timeline(self, timeline: Timeline | None) -> None:
         with self._changed:
-            self._loader.timeline = timeline
-            self._gaps = None if timeline is None else Gaps(timeline, DISK, "idle: ", Idle.NOT_FORESEEN)
+            self._supplier.timeline = timeline
+            self._gaps = None if timeline is None else Gaps(timeline, self._supplier.track, "idle: ", Idle.NOT_FORESEEN)
 
     @property
     def num_slots(self) -> int:
@@ -123,6 +114,8 @@ class ExpertStore:
                 self._ahead = {key for key in self._ahead if key[0] != outlook.layer}
                 outlook.enter(layer)
                 self._guesses.enter(layer, self._absent_LE[layer])
+                self._supplier.enter(layer)
+            self._supplier.will_use(experts := list(experts))
             for expert in experts:
                 if expert not in outlook.used:
                     outlook.used.add(expert)
@@ -133,7 +126,7 @@ class ExpertStore:
 
     def open(self, files: Sequence[Path]) -> None:
         """Opens files that dense weights will be read from. Raises ReadError."""
-        self._loader.open(files)
+        self._supplier.open(files)
 
     def read_dense(self, read: Read, done: Done, *, label: Label, moe_layer: int) -> None:
         """Has dense weights read when their turn comes, in the order of the calls.
@@ -174,6 +167,7 @@ class ExpertStore:
             unpacked = self._handover.take(key)
             self._wanted.discard(key)
             held = self._weights.get(key)
+            self._supplier.before_use(self._slots.slot(key))
         if unpacked is not None:
             return key[1], unpacked
         return key[1], self._laid_out(key) if held is None else _as_weights(held)
@@ -182,6 +176,7 @@ class ExpertStore:
         """The expert of the layer at hand has computed for everyone; it may be evicted."""
         with self._changed:
             key = (self._outlook.layer, expert)
+            self._supplier.after_use(self._slots.slot(key))
             self._handover.release(key)
             self._idle_LE[key] = True
             self._outlook.has_computed(key)
@@ -194,8 +189,8 @@ class ExpertStore:
             for key in sorted(self._slots.keys(State.READY), key=self._slots.slot, reverse=True):
                 if self._slots.slot(key) >= num_slots:
                     self._evict(key)
-            if self._slots.shrink(num_slots):
-                self._arena.give_back_behind(self._slots.num_slots)
+            self._slots.shrink(num_slots)
+            self._supplier.resize(max(num_slots, self._slots.num_slots))
             self._slots.grow(num_slots)
 
     def abandon(self) -> None:
@@ -205,6 +200,8 @@ class ExpertStore:
             self._wanted.clear()
             self._handover.stop()
             self._drain()
+            for key in self._slots.keys(State.IN_USE):
+                self._supplier.after_use(self._slots.slot(key))
             self._handover.clear()
             for key in self._slots.keys(State.READY):
                 self._idle_LE[key] = True
@@ -217,17 +214,17 @@ class ExpertStore:
         self.abandon()
         for key in self._slots.keys(State.READY):
             held = self._weights.get(key)
-            yield self._loader.source(key), self._laid_out(key) if held is None else held
+            yield self._supplier.source(key), self._laid_out(key) if held is None else held
 
     def close(self) -> None:
-        """Ends the reader threads."""
+        """Ends the supplier's threads."""
         with self._changed:
             self._closed = True
             self._pending.clear()
             never, self._dense = self._dense, deque()
         for each in never:
             each.done(ReadError("the experts' store was closed before dense weights were read"))
-        self._loader.close()
+        self._supplier.close()
         self._handover.close()
 
     def cut_gap(self) -> None:
@@ -282,7 +279,7 @@ class ExpertStore:
     def _pump(self) -> None:
         """Starts reads while the reader takes more and the policy has one; names the disk's bubble when it has none."""
         reason = None
-        while reason is None and self._under_way < self._max_under_way:
+        while reason is None and self._under_way < self._supplier.max_under_way:
             found = Idle.CLOSED if self._closed else next_read(self.policy, self._outlook, *self._state())
             if isinstance(found, Idle):
                 reason = found
@@ -319,8 +316,8 @@ class ExpertStore:
         self._absent_LE[key] = False
         self._under_way += 1
         self.counters.reads += 1
-        self.counters.bytes_read += self._loader.nbytes(key)
-        self._loader.start(key, slot, label="read ahead" if read.is_ahead else "read", done=self._arrived)
+        self.counters.bytes_read += self._supplier.nbytes(key)
+        self._supplier.start(key, slot, label="read ahead" if read.is_ahead else "read", done=self._arrived)
 
     def _start_dense(self, dense: _DenseRead) -> None:
         def arrived(error: Exception | None) -> None:
@@ -332,7 +329,7 @@ class ExpertStore:
 
         self._under_way += 1
         self.counters.bytes_read += len(dense.read[3])
-        self._loader.read([dense.read], arrived, label=dense.label)
+        self._supplier.read([dense.read], arrived, label=dense.label)
 
     def _evict(self, key: Key) -> None:
         """An expert that is still wanted gives way to one that must compute before it, and is read again."""
@@ -376,7 +373,7 @@ class ExpertStore:
             self._changed.notify_all()
 
     def _laid_out(self, key: Key) -> Weights:
-        weights = self._weights[key] = self._loader.laid_out(key, self._slots.slot(key))
+        weights = self._weights[key] = self._supplier.laid_out(key, self._slots.slot(key))
         return weights
 
 

@@ -1,25 +1,24 @@
 """From the disk to weights in a slot: reads one expert's bytes, checks them, and makes weights of those that are none yet.
 
-The caller bounds how many are under way, and says which slot of the arena each goes to. ``done`` is called on a reader thread.
+A ``Supplier`` whose tier below is the disk. ``done`` is called on a reader thread.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from poise.model.arena import Arena
 from poise.model.layout import ExpertSource, Weights
 from poise.model.read_plan import ReadPlan, plan_reads
 from poise.model.reader import Done, Label, Read, Reader
-from poise.model.weights import Convert, Packed, check_bytes, stays_as_read, weights_in_slot
+from poise.model.weights import Convert, Packed, check_bytes, scratch_bytes_for, stays_as_read, weights_in_slot
+from poise.offload.expert_store import ExpertStore
+from poise.offload.supplier import Loaded
 from poise.plan.residency import Key
 from poise.spec.timeline import DISK, Timeline
-
-Loaded = Callable[[Key, Weights | Packed | None, Exception | None], None]
-"""Told of the end of a load: the weights, None where the bytes are the weights (``Loader.laid_out``), or the error."""
 
 
 class Loader:
@@ -34,6 +33,8 @@ class Loader:
         self._plans: dict[Key, ReadPlan] = {}
         self._checked: set[Key] = set()
         self._converting = threading.Lock()
+        self.max_under_way = reader_threads + 1
+        self.track = DISK
         files = [part.file for row in sources_LE for source in row for part in source.parts]
         self._reader = Reader(files, threads=reader_threads)
 
@@ -94,6 +95,23 @@ class Loader:
         assert not isinstance(weights, Packed), f"expert {key} is quantised"
         return weights
 
+    def resize(self, num_slots: int) -> None:
+        """Gives the memory behind the slots in service back to the system."""
+        if num_slots < self._arena.num_slots:
+            self._arena.give_back_behind(num_slots)
+
+    def enter(self, layer: int) -> None:
+        """The disk need not know."""
+
+    def will_use(self, experts: Sequence[int]) -> None:
+        """The disk need not know."""
+
+    def before_use(self, slot: int) -> None:
+        """What has been read is there."""
+
+    def after_use(self, slot: int) -> None:
+        """The compute thread has computed when it says so."""
+
     def close(self) -> None:
         """Ends the reader threads. Safe to call twice."""
         self._reader.close()
@@ -126,3 +144,18 @@ class Loader:
             return contextlib.nullcontext()
         track = f"{DISK}: {threading.current_thread().name}"
         return self.timeline.span(track, name, layer=key[0], expert=key[1])
+
+
+def open_disk_store(
+    sources_LE: Sequence[Sequence[ExpertSource]],
+    *,
+    num_slots: int,
+    slot_bytes: int,
+    capacity: int,
+    reader_threads: int,
+    convert: Convert,
+) -> ExpertStore:
+    """A store in memory over the disk, ``num_slots`` slots of it in service and room for ``capacity``."""
+    loader = Loader(sources_LE, Arena(capacity, slot_bytes), reader_threads=reader_threads, convert=convert)
+    scratch_bytes = scratch_bytes_for(sources_LE)
+    return ExpertStore([len(row) for row in sources_LE], loader, num_slots=num_slots, scratch_bytes=scratch_bytes)

@@ -16,6 +16,8 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 NUM_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CHUNK_TOKENS = (16, 64, 256, 512)
 PASS_TOKENS = (512, 2048, 4096, 8192)
+DEVICE_PASS_TOKENS = (*PASS_TOKENS, 16384, 32768, 65536)
+"""A GPU computes so fast that a pass's weights take longer to come than tens of thousands of tokens to compute."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +25,7 @@ class PipelineModel:
     """A model in the numbers that a pipeline needs. ``slot_bytes``: one expert in memory; ``scratch_bytes``: beside slots.
 
     ``dense``: the ways in which its dense weights may lie, from most memory to least. ``may_move_cache``: whether caches may
-    be planned on disk.
+    be planned on disk. ``pass_tokens``: caps on the prompt tokens of a pass. ``budget_name``: what refusals call the budget.
     """
 
     spec: ModelSpec
@@ -35,6 +37,8 @@ class PipelineModel:
     whole_prompts: bool = False
     max_slots: int | None = None
     may_move_cache: tuple[bool, ...] = (False,)
+    pass_tokens: tuple[int, ...] = PASS_TOKENS
+    budget_name: str = "memory budget"
 
     @property
     def fixed_bytes(self) -> int:
@@ -110,5 +114,5 @@ def _groups(model: PipelineModel, workload: Workload, only: Sequence[tuple[int, 
     for size, n in sorted({(size, min(n, math.ceil(count / size))) for size, n in sizes}):
         for chunk in chunks:
             everything = size * n * chunk
-            for tokens in sorted({min(everything, max(cap, size * chunk)) for cap in PASS_TOKENS}):
+            for tokens in sorted({min(everything, max(cap, size * chunk)) for cap in model.pass_tokens}):
                 yield GroupShape(batch_size=size, num_batches=n, chunk_tokens=chunk, pass_tokens=tokens)

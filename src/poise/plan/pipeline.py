@@ -262,7 +262,7 @@ def _too_small(model: PipelineModel, smallest: Candidate, memory_bytes: int) -> 
     needed = smallest.least_bytes(model, model.smallest_dense)
     working = needed - dense_bytes - model.slot_bytes
     return BudgetError(
-        f"a memory budget of {format_bytes(memory_bytes)} is too small; the smallest that works is {needed} bytes "
+        f"a {model.budget_name} of {format_bytes(memory_bytes)} is too small; the smallest that works is {needed} bytes "
         f"({format_bytes(needed)}): {format_bytes(dense_bytes)} dense weights, "
         f"{format_bytes(model.slot_bytes)} for one expert, {format_bytes(working)} to work in",
         smallest_bytes=needed,

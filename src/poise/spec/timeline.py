@@ -12,6 +12,7 @@ from time import perf_counter_ns
 
 COMPUTE = "compute"
 DISK = "disk"
+COPY = "copies to the device"
 EXCHANGE = "exchange"
 MIGRATION = "migration"
 PREFETCH = "prefetch"
