@@ -1,12 +1,13 @@
 """Experts copied to a GPU out of pinned memory while it computes: logits against plain transformers, memory against its budget.
 
 Experts of some MB with few slots on the device, so that a copy that overtakes the compute that needs its slot, or the other way
-round, changes logits. fp32 to 1e-5 without TF32. bf16 to a tenth of the largest logit, as a rounding may turn a router's choice
-(4 % seen on a CPU); but to the last bit what the engine itself gives where no expert ever moves.
+round, changes logits. fp32 to 1e-5 without TF32. bf16 to 5 % of the largest logit in the median prompt, as a rounding may turn a
+router's choice; but to the last bit what the engine itself gives where no expert ever moves.
 """
 
 from __future__ import annotations
 
+import statistics
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ pytestmark = [
 ]
 LARGE = {"hidden_size": 1024, "moe_intermediate_size": 1024, "num_hidden_layers": 4}
 """Qwen3-MoE with experts of 12.6 MB in fp32: a copy takes a quarter of a millisecond, an expert's compute less."""
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-1}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +71,13 @@ def test_large_experts(
         assert supplier_of(llm).host._pinned is not None
         assert supplier_of(llm).host._pinned.is_pinned
         for _ in range(2):
+            errors = []
             for ids, (new_ids, logits_TV), (want_ids, want_TV) in zip(prompts, run(llm, prompts), still, strict=True):
-                assert error(model, ids, new_ids, logits_TV.float()) <= TOLERANCE[dtype]
+                errors.append(error(model, ids, new_ids, logits_TV.float()))
                 assert new_ids == want_ids
                 torch.testing.assert_close(logits_TV, want_TV, rtol=0, atol=0)
+            print(f"{dtype}, slots {slots}, {host_slots}: errors {errors}")
+            assert (max(errors) if dtype == "float32" else statistics.median(errors)) <= TOLERANCE[dtype]
         copied = llm._open().counters.bytes_read
     assert copied <= llm.spec.experts_bytes if slots is None else copied > 2 * llm.spec.experts_bytes
 
