@@ -1,7 +1,7 @@
 """Experts copied to a GPU out of pinned memory while it computes: logits against plain transformers, memory against its budget.
 
 Experts of some MB with few slots on the device, so that a copy that overtakes the compute that needs its slot, or the other way
-round, changes logits. fp32 to 1e-5 without TF32. bf16 to 5 % of the largest logit in the median prompt, as a rounding may turn a
+round, changes logits. fp32 to 1e-5 without TF32. bf16 to 5 % of the largest logit in the median prompt, as rounding may turn a
 router's choice; but to the last bit what the engine itself gives where no expert ever moves.
 """
 
