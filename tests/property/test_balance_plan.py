@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.plan.balance import WORTH_FRAC, BalancePlan, Strategy
-from poise.plan.balance_assignment import dispatch_of
+from poise.plan.balance_assignment import dispatch_of, tokens_to
 from tests.balance_cases import EXPERT_BYTES, LINK, balancer, seconds_R
 
 
@@ -126,6 +126,8 @@ def test_every_rank_knows_where_its_tokens_go(case: Case) -> None:
     np.testing.assert_array_equal(sent_SER.sum(axis=2), case.counts_RE)
     stay_RE = np.einsum("rer->re", sent_SER)
     np.testing.assert_array_equal(stay_RE, np.minimum(case.counts_RE, tokens_ER.T), err_msg="those born there first")
+    for target in range(ranks):
+        np.testing.assert_array_equal(tokens_to(assignment, case.counts_RE, target), sent_SER[:, :, target].sum(axis=1))
 
 
 @settings(deadline=None, max_examples=60)

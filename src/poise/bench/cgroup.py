@@ -9,6 +9,7 @@ version 2 may be told to enable a controller for the children of the group that 
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -101,6 +102,14 @@ def limit_cpu(hierarchy: Hierarchy, group: Path, cores: float) -> None:
         (group / "cpu.cfs_quota_us").write_text(str(quota_us))
     else:
         (group / "cpu.max").write_text(f"{quota_us} {period_us}")
+
+
+def let_out(hierarchy: Hierarchy, thread: int) -> None:
+    """Move one thread of a limited process to the group of this one. Raises OSError with version 2, which moves whole
+    processes only."""
+    if hierarchy.version != 1:
+        raise OSError(errno.EOPNOTSUPP, "version 2 moves whole processes only", str(hierarchy.own))
+    (hierarchy.own / "tasks").write_text(str(thread))
 
 
 def throttled_s(hierarchy: Hierarchy, group: Path) -> float:

@@ -47,6 +47,16 @@ class ControlGroups:
         """Give so many cores' time, now or while the child runs; returns why it could not be limited, or None."""
         return self._limit("cpu", "processor", lambda hierarchy, group: cgroup.limit_cpu(hierarchy, group, cores))
 
+    def let_out(self, thread: int) -> str | None:
+        """Free one thread of the child from the limit of processor time; returns why it could not be, or None."""
+        limited = self._limited.get("cpu")
+        try:
+            if limited is not None:
+                cgroup.let_out(limited[0], thread)
+        except OSError as error:
+            return _refusal(error)
+        return None
+
     @property
     def peak_bytes(self) -> int | None:
         """The most memory that was ever charged, page cache included; None where memory is not limited."""

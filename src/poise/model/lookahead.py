@@ -126,7 +126,7 @@ class Lookahead(nn.Module):
 
     def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor | None = None) -> Ints:
         """How many of the tokens will choose each expert of ``layer``. ``real_T``: bool, False for padding; None: all real."""
-        chosen_TK = self.choices_TK(layer, hidden_TH if real_T is None else hidden_TH[real_T])
+        chosen_TK = self.choices_TK(layer, hidden_TH if real_T is None or bool(real_T.all()) else hidden_TH[real_T])
         experts = self.experts_L[layer]
         counts_E = torch.bincount(chosen_TK.flatten().clamp(max=experts), minlength=experts + 1)[:experts]
         return np.asarray(counts_E.numpy(force=True), dtype=np.int64)

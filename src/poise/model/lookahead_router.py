@@ -8,6 +8,7 @@ Letters: T tokens, H hidden size, E experts (idle ones included), K choices.
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -53,7 +54,8 @@ class FrozenRouter(nn.Module):
     def choices_TK(self, hidden_TH: torch.Tensor, added_TE: torch.Tensor | None = None) -> torch.Tensor:
         """What the router chooses for these hidden states, int64; ``added_TE`` is added to its logits."""
         with torch.inference_mode():
-            return self._run(hidden_TH, _Logits(self.num_outputs, added_TE)).to(torch.int64)
+            changed = nullcontext() if added_TE is None else _Logits(self.num_outputs, added_TE)
+            return self._run(hidden_TH, changed).to(torch.int64)
 
     def logits_TE(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Its logits as fp32, outside any graph."""
@@ -74,7 +76,7 @@ class FrozenRouter(nn.Module):
                 self._run(hidden_TH, maps)
         return maps
 
-    def _run(self, hidden_TH: torch.Tensor, logits: _Logits) -> torch.Tensor:
+    def _run(self, hidden_TH: torch.Tensor, logits: AbstractContextManager[Any]) -> torch.Tensor:
         """(T, K) choices."""
         site = self._site
         hidden = hidden_TH.to(site.dtype)
@@ -92,7 +94,9 @@ class FrozenRouter(nn.Module):
         index: torch.Tensor = output if site.index_at is None else output[site.index_at]
         return index.reshape(len(hidden_TH), -1)
 
-    def _up_to_experts(self, arguments: list[Any], keywords: dict[str, Any], logits: _Logits) -> torch.Tensor:
+    def _up_to_experts(
+        self, arguments: list[Any], keywords: dict[str, Any], logits: AbstractContextManager[Any]
+    ) -> torch.Tensor:
         """The block, until it parks. The mode spans the park, but nothing else runs before the block is ended."""
 
         def run() -> torch.Tensor:

@@ -16,6 +16,9 @@ import torch
 from poise.parallel.group import RankGroup
 from poise.parallel.routes import Routes
 
+NO_ROW = -1
+"""In place of a row's first expert: nothing has come."""
+
 
 class Aside(Protocol):
     """Who uses the link while tokens do not: is told when it is needed, and when it is free."""
@@ -30,6 +33,14 @@ class Aside(Protocol):
     def outputs_leave(self) -> None: ...
 
     def outputs_came(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coming:
+    """Rows that come from each rank, or, where not ``is_exact``, the most that may; exactly, in either case, from itself."""
+
+    rows_R: tuple[int, ...]
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -77,17 +88,20 @@ class TokenExchange:
         routes: Routes,
         *,
         layer: int,
-        received_R: tuple[int, ...] | None = None,
+        coming: Coming | None = None,
     ) -> Received:
         """Sends every row to where ``routes`` says and returns those that came. Weights travel, and arrive, in fp32.
 
-        ``received_R``: rows that come from each rank, where all know it; None: ranks tell each other first.
+        ``coming``: None: ranks tell each other first, in a message more.
         """
         waited_s = 0.0
-        if received_R is None:
+        if coming is None or not (coming.is_exact or self._group.takes_fewer):
             received_R, waited_s = self._headers(routes.sent_R, layer)
-        rows, began_s, aside = sum(received_R), perf_counter(), self.aside
-        came = torch.empty(rows, self._row_bytes, dtype=torch.uint8, device=self._group.device)
+            coming = Coming(rows_R=received_R)
+        received_R, began_s, aside = coming.rows_R, perf_counter(), self.aside
+        came = torch.empty(sum(received_R), self._row_bytes, dtype=torch.uint8, device=self._group.device)
+        if not coming.is_exact:
+            came.view(torch.int32)[:, 0] = NO_ROW
         leaving = self._packed(hidden_TH, weights_TK, routes)
         if aside is None:
             self._group.all_to_all(came, leaving, received_R, routes.sent_R)
@@ -95,6 +109,8 @@ class TokenExchange:
             aside.rows_leave()
             self._group.all_to_all(came, leaving, received_R, routes.sent_R, meanwhile=aside.plan_next)
             aside.rows_came()
+        if not coming.is_exact:
+            came, received_R = _rows_that_came(came, received_R)
         top_k, begin = self._top_k, 8 * self._top_k // self._dtype.itemsize
         return Received(
             hidden_MH=came.view(self._dtype)[:, begin : begin + self._hidden],
@@ -143,6 +159,13 @@ class TokenExchange:
         rows.view(torch.float32)[:, top_k : 2 * top_k].copy_(weights_TK[routes.token_N])
         rows.view(self._dtype)[:, begin : begin + self._hidden].copy_(hidden_TH[routes.token_N])
         return rows
+
+
+def _rows_that_came(came: torch.Tensor, most_R: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Without the places that were left empty, and how many came from each rank."""
+    is_row_M = came.view(torch.int32)[:, 0] != NO_ROW
+    received_R = tuple(int(piece.sum()) for piece in torch.split(is_row_M, list(most_R)))
+    return came[is_row_M], received_R
 
 
 def token_pieces(routes: Routes) -> tuple[torch.Tensor, ...]:

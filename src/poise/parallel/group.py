@@ -86,6 +86,14 @@ class RankGroup:
         return self.rank == 0
 
     @property
+    def takes_fewer(self) -> bool:
+        """Whether ``all_to_all`` may be told of more rows than come: those that come lie at the begin of their rank's piece.
+
+        Gloo only asks that a message fits; NCCL asks for the very size.
+        """
+        return self._backend == "gloo"
+
+    @property
     def _watching(self) -> Watch:
         assert self._watch is not None, "the group is closed"
         return self._watch

@@ -150,15 +150,13 @@ class ExpertParallelLayers:
 
     def dispatch(self, turn: Turn) -> Received:
         """The second step, an exchange. All ranks do all exchanges in the same order, on one thread at a time."""
-        routes, received_R = turn.routes, None
+        routes, coming = turn.routes, None
         if self._balance is not None:
             copies = self.copies_L[turn.layer]
-            routes, received_R = self._balance.routes(turn.layer, turn.hidden_TH, turn.choice_TK, copies)
+            routes, coming = self._balance.routes(turn.layer, turn.hidden_TH, turn.choice_TK, copies)
         assert routes is not None, "who does not balance has routes"
         began_ns = perf_counter_ns()
-        received = self._exchange.dispatch(
-            turn.hidden_TH, turn.weights_TK, routes, layer=turn.layer, received_R=received_R
-        )
+        received = self._exchange.dispatch(turn.hidden_TH, turn.weights_TK, routes, layer=turn.layer, coming=coming)
         if self.timeline is not None:
             met_ns = began_ns + round(received.waited_s * 1e9)
             self.timeline.spans.append(Span(EXCHANGE, "wait: last rank", began_ns, met_ns, {"layer": turn.layer}))

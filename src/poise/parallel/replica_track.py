@@ -132,6 +132,11 @@ class ReplicaTrack:
             sock.close()
         self._selector.close()
 
+    @property
+    def thread_id(self) -> int | None:
+        """The kernel's number of the thread."""
+        return self._thread.native_id
+
     def _wake(self) -> None:
         try:
             self._wake_out.send(b"w")

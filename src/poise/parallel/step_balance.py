@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from poise.model.layout import Weights
+from poise.parallel.exchange import Coming
 from poise.parallel.forecast import Forecast
 from poise.parallel.group import RankGroup
 from poise.parallel.replica_slots import ReplicaSlots
@@ -106,8 +107,8 @@ class StepBalance:
 
     def routes(
         self, layer: int, hidden_TH: torch.Tensor, choice_TK: torch.Tensor, copies: Copies
-    ) -> tuple[Routes, tuple[int, ...] | None]:
-        """All ranks at once: where this rank's tokens go, and how many rows come from each rank; None: not told yet.
+    ) -> tuple[Routes, Coming | None]:
+        """All ranks at once: where this rank's tokens go, and how many rows come from each rank; None: nobody knows yet.
 
         ``choice_TK``: E where there is no choice.
         """
@@ -120,7 +121,7 @@ class StepBalance:
         if plan is None or not plan.pays:
             home = route(choice_TK, copies, source_rank=self._rank)
         asked_s = perf_counter()
-        news = self._exchanged(self._own_news(layer, plan, bits), own_E, guess_E, home)
+        news = self._exchanged(self._own_news(layer, len(hidden_TH), plan, bits), own_E, guess_E, home)
         heard_s = perf_counter()
         note.told_s = heard_s - asked_s
         self._windows.end(layer)
@@ -135,20 +136,24 @@ class StepBalance:
         self.replicas = {} if plan is None else self._admitted(plan, came_N3)
         note.home_pairs = float(self._planner.home_pairs_R(layer, news.counts_RE)[self._rank])
         note.replicas_used = len(self.replicas)
-        dispatch = self._planner.dispatch(layer, news.counts_RE, came_N3, self._rank)
-        received_R = None
-        if dispatch is None:
+        divided = self._planner.dispatch(layer, news.counts_RE, came_N3, self._rank)
+        coming = None
+        if divided is None:
             routes = home or route(choice_TK, copies, source_rank=self._rank)
             if not news.of("pays").any():
-                received_R = tuple(news.rows_RR[:, self._rank].tolist())
+                coming = Coming(rows_R=tuple(news.rows_RR[:, self._rank].tolist()))
         else:
+            dispatch, pairs_R = divided
             routes = route_by(choice_TK, dispatch, num_ranks=self._group.num_ranks)
+            most_R = np.minimum(pairs_R, news.of("tokens"))
+            most_R[self._rank] = routes.sent_R[self._rank]
+            coming = Coming(rows_R=tuple(most_R.tolist()), is_exact=False)
         ended_s = perf_counter()
         note.balance_s = ended_s - began_s - note.told_s - waited_s
         note.told_s += waited_s
-        note.counts_s = note.told_s if received_R is None else 0.0
+        note.counts_s = note.told_s if coming is None else 0.0
         self._show(layer, began_s, asked_s, heard_s, ended_s)
-        return routes, received_R
+        return routes, coming
 
     def rows_leave(self) -> None:
         """Tokens are about to travel."""
@@ -236,11 +241,12 @@ class StepBalance:
         self._guess_E = self._forecast.counts_E(following, hidden_TH, real_T)
         return self._guess_E
 
-    def _own_news(self, layer: int, plan: StepPlan | None, bits: int) -> RankNews:
+    def _own_news(self, layer: int, tokens: int, plan: StepPlan | None, bits: int) -> RankNews:
         pairs, active, seconds = self._computed
         self._computed = (0, 0, 0.0)
         return RankNews(
             layer=layer,
+            tokens=tokens,
             plan=0 if plan is None else plan.digest,
             pays=self._forecast is None or self._planner.has_choice(layer) or (plan is not None and plan.pays),
             arrived=bits,

@@ -18,9 +18,9 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankNews:
-    """``layer``: where the rank stands. ``plan``: a digest of its plan for this layer, 0 without one; ``pays``: tokens may
-    go elsewhere than to their first homes, so that rows are counted again. ``arrived``: bits, by the plan's replicas for this
-    rank, of those that are here.
+    """``layer``: where the rank stands, with so many ``tokens`` of its own. ``plan``: a digest of its plan for this layer, 0
+    without one; ``pays``: tokens may go elsewhere than to their first homes, so that rows are counted again. ``arrived``: bits,
+    by the plan's replicas for this rank, of those that are here.
 
     ``window_us``: how long its link was free for the next layer's replicas, the last time; ``fetch_kb_s``: how fast they come,
     0 if it is not known. ``in_permille``, ``out_permille``: rows over (token, expert) pairs that travel.
@@ -28,6 +28,7 @@ class RankNews:
     """
 
     layer: int
+    tokens: int = 0
     plan: int = 0
     pays: bool = False
     arrived: int = 0

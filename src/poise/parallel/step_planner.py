@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from poise.plan.balance import BalancePlan, Balancer
-from poise.plan.balance_assignment import Dispatch, dispatch_of
+from poise.plan.balance_assignment import Dispatch, dispatch_of, tokens_to
 from poise.plan.expert_loads import Floats, Ints
 from poise.plan.observed_costs import ObservedCost, rank_costs
 from poise.plan.rank_costs import RankCosts
@@ -89,13 +89,14 @@ class StepPlanner:
                 best, best_s = plan, plan.predicted_s + wait_s
         return best
 
-    def dispatch(self, layer: int, counts_RE: Ints, came_N3: Ints, rank: int) -> Dispatch | None:
-        """Where a rank's true tokens go, given the replicas that have come; None: to the homes, where no expert has another
-        copy, or while costs are not known."""
+    def dispatch(self, layer: int, counts_RE: Ints, came_N3: Ints, rank: int) -> tuple[Dispatch, Ints] | None:
+        """Where a rank's true tokens go, given the replicas that have come, and how many (token, expert) pairs come to it from
+        each rank; None: to the homes, where no expert has another copy, or while costs are not known."""
         balancer = self._balancer(layer, counts_RE) if len(came_N3) or self.has_choice(layer) else None
         if balancer is None:
             return None
-        return dispatch_of(balancer.divide(counts_RE, came_N3).assignment, counts_RE, rank)
+        assignment = balancer.divide(counts_RE, came_N3).assignment
+        return dispatch_of(assignment, counts_RE, rank), tokens_to(assignment, counts_RE, rank)
 
     def has_choice(self, layer: int) -> bool:
         """Whether tokens have a choice between homes."""

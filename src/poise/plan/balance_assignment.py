@@ -69,6 +69,13 @@ def dispatch_of(
     return Dispatch(rank_EC=rank_EC, until_EC=until_EC)
 
 
+def tokens_to(assignment: Assignment, counts_RE: npt.NDArray[np.integer], target: int) -> Ints:
+    """How many (token, expert) pairs go from each rank to rank ``target``, if all go as ``dispatch_of`` says."""
+    all_RE: Counts = np.ascontiguousarray(counts_RE, dtype=np.int32)
+    tokens_R: Ints = _tokens_to(assignment.begin_E1, assignment.rank_N, assignment.tokens_N, all_RE, target)
+    return tokens_R
+
+
 @compiled
 def whole_tokens(step: Step) -> tuple[Ints, Ints, Ints]:
     """``begin_E1``, ``rank_N``, ``tokens_N`` of an ``Assignment``: quotas made whole, so that the sums stay."""
@@ -123,6 +130,26 @@ def _cuts(
         if own > 0 and counted == 0:
             until_EC[expert] = own
     return rank_EC, until_EC
+
+
+@compiled
+def _tokens_to(begin_E1: Ints, rank_N: Ints, tokens_N: Ints, counts_RE: Counts, target: int) -> Ints:
+    num_ranks, num_experts = counts_RE.shape
+    tokens_R = np.zeros(num_ranks, dtype=np.int64)
+    for expert in range(num_experts):
+        begin, end = begin_E1[expert], begin_E1[expert + 1]
+        filled = 0
+        for place in range(begin, end):
+            rank = rank_N[place]
+            local = min(tokens_N[place], counts_RE[rank, expert])
+            room = tokens_N[place] - local
+            if rank == target:
+                tokens_R[target] += local
+                for source in range(num_ranks):
+                    _, first, last = _left_over(begin, end, rank_N, tokens_N, counts_RE, source, expert)
+                    tokens_R[source] += max(0, min(filled + room, last) - max(filled, first))
+            filled += room
+    return tokens_R
 
 
 @compiled

@@ -150,6 +150,15 @@ class Cluster:
         reason = self._groups[rank].limit_cpu(cores)
         assert reason is None, f"a share can only be changed where it is enforced: {reason}"
 
+    def let_out(self, rank: int, thread: int) -> None:
+        """A thread of a rank runs beside the rank's share from now on, as a copy engine does. What cannot be is ``missing``."""
+        reason = self._groups[rank].let_out(thread)
+        name = f"rank {rank}: copies beside its share"
+        if reason is not None:
+            self.missing = tuple(dict.fromkeys([*self.missing, f"{name}: {reason}"]))
+        elif name not in self.enforced:
+            self.enforced = (*self.enforced, name)
+
     @staticmethod
     def _threads(limits: RankLimits) -> dict[str, str]:
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -32,11 +32,16 @@ class RankLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterLayout:
-    """``link_bytes_per_s``: of every rank's link, each way; None: the ranks talk over loopback, unlimited."""
+    """``link_bytes_per_s``: of every rank's link, each way; None: the ranks talk over loopback, unlimited.
+
+    ``copy_engines``: the threads that move replicas do not count in the ranks' shares, as a GPU's copy engine does not keep it
+    from computing.
+    """
 
     name: str
     ranks: tuple[RankLimits, ...]
     link_bytes_per_s: int | None = None
+    copy_engines: bool = False
 
     def __post_init__(self) -> None:
         assert 0 < len(self.ranks) <= 250, f"a cluster in a box has 1 to 250 ranks, not {len(self.ranks)}"
@@ -46,6 +51,11 @@ class ClusterLayout:
         """The same ranks, each behind a link of this rate in a network of their own."""
         gbit_per_s = bytes_per_s / GBIT_PER_S
         return replace(self, name=f"{self.name}, {gbit_per_s:g} Gbit/s", link_bytes_per_s=bytes_per_s)
+
+
+def eight_ranks(cores: float = 0.17) -> ClusterLayout:
+    """Eight like ranks that share 1.36 cores, with copy engines."""
+    return ClusterLayout(name="8 equal ranks", ranks=(RankLimits(cores=cores),) * 8, copy_engines=True)
 
 
 def two_ranks() -> ClusterLayout:

@@ -15,6 +15,8 @@ import numpy as np
 from poise.bench.parallel.session import JobResult, Session
 
 WARM_UP = 10
+ONCE_AT, SETTLED = 13, 17
+"""EPLB's window before a switch, and the passes after which what it ordered then has moved."""
 ROUNDS = 2
 REPLAY = "counts of an earlier run"
 """Stands in a contender for the file that is made while measuring."""
@@ -24,6 +26,8 @@ MOVERS: Contenders = {
     "eplb": {"balance": "eplb", "policy": {"interval": 4}},
     "vibe": {"balance": "vibe", "policy": {"interval": 2}},
 }
+ONCE: Contenders = {**MOVERS, "eplb": {"balance": "eplb", "policy": {"interval": ONCE_AT}}}
+"""EPLB arranges experts by what came before a switch, and not again in the first nine passes behind it."""
 PROBE: Contenders = {"probe": {"balance": "probe"}}
 PROBE_VIBE: Contenders = {"probe + vibe": {"balance": "probe+vibe", "policy": {"interval": 2}}}
 ORACLE: Contenders = {"oracle": {"balance": "probe", "steps": {"predictor": "replayed", "replay": REPLAY}}}
@@ -37,8 +41,12 @@ def contest(
     *,
     rounds: int = ROUNDS,
     warm_up: int = WARM_UP,
+    steps: int | None = None,
 ) -> dict[str, Any]:
-    """Facts of each contender; ``job`` is what they have in common, with passes enough. The first one is the yardstick."""
+    """Facts of each contender; ``job`` is what they have in common, with passes enough. The first one is the yardstick.
+
+    ``steps``: passes that count; None: all behind ``warm_up``.
+    """
     runs: dict[str, list[JobResult]] = {name: [] for name in contenders}
     replay: Path | None = None
     for number in range(rounds):
@@ -54,40 +62,45 @@ def contest(
             if replay is None and result.load_RPLE is not None:
                 replay = directory / "replay.npy"
                 np.save(replay, result.load_RPLE)
-    facts = {name: summary(results, warm_up) for name, results in runs.items()}
-    yardstick_s = facts[next(iter(contenders))]["step_s"]
+    counted = slice(warm_up, None if steps is None else warm_up + steps)
+    facts = {name: summary(results, counted) for name, results in runs.items()}
+    yardstick = facts[next(iter(contenders))]
     for row in facts.values():
-        row["speedup"] = yardstick_s / row["step_s"]
+        row["speedup"] = yardstick["step_s"] / row["step_s"]
+        row["of_even"] = yardstick["even_s"] / row["step_s"]
     return facts
 
 
-def summary(results: Sequence[JobResult], warm_up: int) -> dict[str, Any]:
+def summary(results: Sequence[JobResult], counted: slice) -> dict[str, Any]:
     """Medians over the passes that count; imbalances of tokens and of time, means. ``expert_s``: the slowest rank's experts of
-    each layer. ``balanced``: what balancing each step did, None where nobody does."""
-    step_P = np.concatenate([each.step_s_P[warm_up:] for each in results])
+    each layer. ``even_s``: steps, were they as long as their mean over ranks. ``balanced``: what balancing each step did, None
+    where nobody does."""
+    step_P = np.concatenate([each.step_s_P[counted] for each in results])
     steps = [each.facts["figures"]["steps"] for each in results]
 
     def values_P(name: str) -> Any:
-        return np.concatenate([each[name][warm_up:] for each in steps])
+        return np.concatenate([each[name][counted] for each in steps])
 
+    slowest_P, imbalance_P = values_P("slowest_s"), values_P("time_imbalance")
     return {
         "step_s": float(np.median(step_P)),
         "step_s_quartiles": [float(value) for value in np.quantile(step_P, [0.25, 0.75])],
-        "step_s_by_round": [float(np.median(each.step_s_P[warm_up:])) for each in results],
+        "step_s_by_round": [float(np.median(each.step_s_P[counted])) for each in results],
+        "even_s": float(np.median(step_P - slowest_P * (1.0 - 1.0 / imbalance_P))),
         "passes": len(step_P),
         "token_imbalance": float(values_P("imbalance").mean()),
-        "time_imbalance": float(values_P("time_imbalance").mean()),
-        "expert_s": float(np.median(values_P("slowest_s"))),
+        "time_imbalance": float(imbalance_P.mean()),
+        "expert_s": float(np.median(slowest_P)),
         "moves": sum(change["moved_experts"] for each in results for change in each.facts["history"]),
-        "balanced": _balanced([each.facts["balanced"] for each in results], warm_up),
+        "balanced": _balanced([each.facts["balanced"] for each in results], counted),
     }
 
 
-def _balanced(parts: Sequence[Mapping[str, Any] | None], warm_up: int) -> dict[str, Any] | None:
+def _balanced(parts: Sequence[Mapping[str, Any] | None], counted: slice) -> dict[str, Any] | None:
     told = [part["steps"] for part in parts if part is not None]
     if not told:
         return None
-    sums = {name: np.concatenate([each[name][warm_up:] for each in told]) for name in told[0]}
+    sums = {name: np.concatenate([each[name][counted] for each in told]) for name in told[0]}
     passes = len(sums["pass_s"])
     return {
         "home_imbalance": float(sums["home_imbalance"].mean()),

@@ -1,18 +1,27 @@
 """`poise bench parallel --suite probe`: balancing each step beside EPLB, ViBE and nothing, on real ranks of a cluster in a box.
 
-What is real and what is simulated is as in ``bench.parallel.run``. Here ranks compute a replica's bytes over sockets, too, and
-the kernel limits their links where a part says so. Needs root; a part without its limits fails and says so.
+What is real and what is simulated is as in ``bench.parallel.run``. Here replicas' bytes go over sockets, too, and the kernel
+limits links where a part says so. Where ranks have shares of a processor, the threads that move replicas run beside them, as
+copy engines do (part ``no-engines``: within). Needs root; a part without its limits fails and says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from poise.bench.cluster.layout import GBIT_PER_S, ClusterLayout, four_unequal_ranks, slow_link, two_ranks
+from poise.bench.cluster.layout import (
+    GBIT_PER_S,
+    ClusterLayout,
+    eight_ranks,
+    four_unequal_ranks,
+    slow_link,
+    two_ranks,
+)
 from poise.bench.parallel.case import (
     Case,
     bundled_case,
@@ -24,7 +33,18 @@ from poise.bench.parallel.case import (
     work_directory,
     write_rows,
 )
-from poise.bench.parallel.contest import MOVERS, ORACLE, PROBE, PROBE_VIBE, STATIC, WARM_UP, Contenders, contest
+from poise.bench.parallel.contest import (
+    MOVERS,
+    ONCE,
+    ORACLE,
+    PROBE,
+    PROBE_VIBE,
+    SETTLED,
+    STATIC,
+    WARM_UP,
+    Contenders,
+    contest,
+)
 from poise.bench.parallel.distilled import distilled
 from poise.bench.parallel.probe_tables import tables
 from poise.bench.parallel.session import Session
@@ -33,13 +53,14 @@ from poise.bench.publish import publish
 from poise.bench.scratch import Scratch
 
 NAME = "parallel-probe"
-STEPS = 12
+STEPS = 8
 """Passes that are measured of each contender in each round, unless --steps says otherwise."""
 DECODE_ROWS, DECODE_PROMPT = 128, 8
 """Sequences of each rank, and tokens they begin with."""
 EVEN = 0.01
 """An exponent at which all experts are about as popular."""
 SKEWS = (EVEN, 0.35, 0.7)
+TOKENS = (16, 64, 256)
 LINKS: Mapping[str, Callable[[], ClusterLayout]] = {
     "loopback": two_ranks,
     "4 Gbit/s": lambda: two_ranks().with_link(4 * GBIT_PER_S),
@@ -68,18 +89,21 @@ class _Suite:
     def parts_of(self, widened: Case) -> Mapping[str, Callable[[], dict[str, Any]]]:
         """In their order."""
         links = {name.replace(" ", "").replace("/", ""): layout for name, layout in LINKS.items()}
+        code, mixed = widened.rows["code"], _mixed(widened)
+        unequal = replace(four_unequal_ranks(), copy_engines=True)
         return {
-            "code": lambda: self._prefill(widened, equal_ranks(), _rows(widened, "code"), ALL),
-            "mixed": lambda: self._prefill(widened, equal_ranks(), _mixed(widened), ALL),
+            "code": lambda: self._prefill(widened, eight_ranks(), code, ALL),
+            "mixed": lambda: self._prefill(widened, eight_ranks(), mixed, ALL),
             "switch": lambda: self._switch(widened),
-            "decode": lambda: self._decode(widened),
-            "unequal": lambda: self._prefill(
-                widened, four_unequal_ranks(), _rows(widened, "code"), STATIC | MOVERS | PROBE | PROBE_VIBE
-            ),
+            "decode": lambda: self._decode(widened, ["code"], ALL, WARM_UP),
+            "decode-switch": lambda: self._decode(widened, ["prose", "code"], STATIC | ONCE | PROBE | ORACLE, SETTLED),
+            "unequal": lambda: self._prefill(widened, unequal, code, STATIC | MOVERS | PROBE | PROBE_VIBE),
             "ways": lambda: self._ways(widened),
-            "slots": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | SLOTS),
+            "slots": lambda: self._prefill(widened, _linked(), mixed, STATIC | SLOTS),
+            "no-engines": lambda: self._prefill(widened, equal_ranks(), code, STATIC | PROBE),
             "random": lambda: self._prefill(self._random(0.7), LINKS["4 Gbit/s"](), None, ALL),
             "overhead": self._overhead,
+            "break-even-tokens": lambda: self._break_even_tokens(widened),
             **{f"break-even-{name}": self._break_even(layout) for name, layout in links.items()},
         }
 
@@ -113,25 +137,39 @@ class _Suite:
         return self._prefill(case, _linked(), _mixed(case), STATIC | ways)
 
     def _switch(self, case: Case) -> dict[str, Any]:
-        """Code for as long as nothing counts, then prose."""
-        layout = equal_ranks()
+        """Prose for as long as nothing counts, then code."""
+        layout = eight_ranks()
         ranks = len(layout.ranks)
-        rows = [cycled(case.rows["code"], WARM_UP * ranks), cycled(case.rows["prose"], self._steps * ranks)]
-        return self._prefill(case, layout, np.concatenate(rows), ALL)
+        rows = [cycled(case.rows["prose"], SETTLED * ranks), cycled(case.rows["code"], self._steps * ranks)]
+        contenders = STATIC | ONCE | PROBE | ORACLE
+        return self._prefill(case, layout, np.concatenate(rows), contenders, warm_up=SETTLED)
 
-    def _decode(self, case: Case) -> dict[str, Any]:
-        layout = equal_ranks()
-        rows = cycled(case.rows["code"], DECODE_ROWS * len(layout.ranks))[:, :DECODE_PROMPT]
+    def _decode(self, case: Case, kinds: Sequence[str], contenders: Contenders, passes: int) -> dict[str, Any]:
+        """Sequences of one kind, then of the next, ``passes`` of each; those of the last kind count, without prefill."""
+        layout = eight_ranks()
+        per_kind = DECODE_ROWS * len(layout.ranks)
+        rows = np.concatenate([cycled(case.rows[kind], per_kind)[:, :DECODE_PROMPT] for kind in kinds])
         prompts = write_rows(self._scratch / "decode.json", rows)
-        job = {**prefill_job(case, prompts, rows_per_rank=DECODE_ROWS), "new_tokens": WARM_UP + self._steps}
+        before = (len(kinds) - 1) * passes + 1 if len(kinds) > 1 else passes
+        new_tokens = passes if len(kinds) > 1 else passes + self._steps
+        job = {**prefill_job(case, prompts, rows_per_rank=DECODE_ROWS), "new_tokens": new_tokens}
         with Session(layout) as session:
-            facts = contest(session, job, ALL, self._scratch)
+            facts = contest(session, job, contenders, self._scratch, warm_up=before, steps=self._steps)
             return self._about(case, session, "decode", DECODE_ROWS) | {"policies": facts}
 
     def _overhead(self) -> dict[str, Any]:
         """Even popularity: nothing to gain, so what balancing costs is seen."""
         contenders = STATIC | PROBE
         return self._prefill(self._random(EVEN), two_ranks(), None, contenders, rows_per_rank=2, rounds=4)
+
+    def _break_even_tokens(self, case: Case) -> dict[str, Any]:
+        """From few tokens, for which experts are hardly more than the reading of their weights, to many."""
+        rows = []
+        for tokens in TOKENS:
+            few = case.rows["code"][:, :tokens]
+            part = self._prefill(case, replace(equal_ranks(), copy_engines=True), few, STATIC | PROBE, warm_up=6)
+            rows.append({"tokens": tokens, **part})
+        return {"rows": rows}
 
     def _break_even(self, layout: Callable[[], ClusterLayout]) -> Callable[[], dict[str, Any]]:
         def measure() -> dict[str, Any]:
@@ -152,6 +190,7 @@ class _Suite:
             "layout": session.layout.name,
             "shares": [limits.cores for limits in session.layout.ranks],
             "limits_enforced": list(session.enforced),
+            "limits_missing": list(session.missing),
         }
 
 
@@ -160,11 +199,14 @@ PARTS = (
     "mixed",
     "switch",
     "decode",
+    "decode-switch",
     "unequal",
     "ways",
     "slots",
+    "no-engines",
     "random",
     "overhead",
+    "break-even-tokens",
     "break-even-loopback",
     "break-even-4Gbits",
     "break-even-1Gbits",
@@ -183,8 +225,8 @@ def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), st
 
 
 def _linked() -> ClusterLayout:
-    """Four like ranks behind links of 1 Gbit/s, over which replicas and tokens must share."""
-    return equal_ranks().with_link(GBIT_PER_S)
+    """Four like ranks behind links of 1 Gbit/s, which replicas and tokens must share."""
+    return replace(equal_ranks(), copy_engines=True).with_link(GBIT_PER_S)
 
 
 def _rows(case: Case, kind: str) -> Any:

@@ -12,6 +12,7 @@ COLUMNS = (
     "step",
     "quartiles",
     "faster",
+    "of even",
     "experts",
     "tokens max/mean",
     "at home",
@@ -46,17 +47,21 @@ def _table(name: str, facts: Facts) -> Table:
             f"{1e3 * row['step_s']:.3g} ms",
             f"{1e3 * low:.0f}-{1e3 * high:.0f}",
             f"{row['speedup']:.2f}x",
+            f"{row['of_even']:.0%}",
             f"{1e3 * row['expert_s']:.3g} ms",
             f"{row['token_imbalance']:.2f}",
             *_balanced(row["balanced"]),
         )
-    table.caption = "replicas, MB, layers where none paid and processor time aside: of a pass"
+    table.caption = (
+        "of even: the step, were the yardstick's experts as long on all ranks, over the step; replicas, MB, layers where none "
+        "paid and processor time aside: of a pass"
+    )
     return table
 
 
 def _balanced(row: Facts | None) -> list[str]:
     if row is None:
-        return [""] * (len(COLUMNS) - 5)
+        return [""] * (len(COLUMNS) - 6)
     used = row["replicas_used_per_pass"]
     return [
         f"{row['home_imbalance']:.2f}",

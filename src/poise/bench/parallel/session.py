@@ -99,6 +99,11 @@ class Session:
         """The limits that hold."""
         return self._cluster.enforced
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What the layout wants and the kernel does not."""
+        return self._cluster.missing
+
     def run(
         self, job: Mapping[str, Any], *, on_wait: Callable[[int, Callable[[int, float], None]], None] | None = None
     ) -> JobResult:
@@ -106,8 +111,11 @@ class Session:
         function that changes a rank's share of the processor."""
         ranks = range(len(self.layout.ranks))
         self._put("job", job)
-        self._await([self._file(f"loaded-{rank}") for rank in ranks])
+        loaded = [self._file(f"loaded-{rank}") for rank in ranks]
+        self._await(loaded)
         self._limited()
+        if self.layout.copy_engines:
+            self._let_out([json.loads(file.read_text()).get("copies") for file in loaded])
         self._put("go", {})
         done = [self._file(f"done-{rank}") for rank in ranks]
         self._await(done, None if on_wait is None else lambda: on_wait(self._passes(), self._cluster.set_cores))
@@ -130,6 +138,11 @@ class Session:
         for rank, limits in enumerate(self.layout.ranks):
             if limits.cores is not None:
                 self._cluster.set_cores(rank, limits.cores)
+
+    def _let_out(self, thread_R: list[int | None]) -> None:
+        for rank, thread in enumerate(thread_R):
+            if thread is not None:
+                self._cluster.let_out(rank, thread)
 
     def _file(self, name: str, kind: str = "json") -> Path:
         return self._directory / f"{name}-{self._jobs}.{kind}"

@@ -67,7 +67,8 @@ class _Rank:
         with self._open() as llm:
             if job.get("keeps_records"):
                 self._listen(llm)
-            self._loaded()
+            balance = llm.runner.layers.balance
+            self._loaded(copies=None if balance is None else balance.track.thread_id)
             if self._launch.rank > 0:
                 llm.follow()
             else:
@@ -133,9 +134,10 @@ class _Rank:
         file = self._directory / f"records-{self._launch.rank}-{self._number}.npz"
         np.savez(file, records=records_PLN, load=np.array(self._load))
 
-    def _loaded(self) -> None:
-        """Waits until all ranks have loaded, and limits are as the layout says."""
-        write_whole(self._directory / f"loaded-{self._launch.rank}-{self._number}.json", "{}")
+    def _loaded(self, copies: int | None = None) -> None:
+        """Waits until all ranks have loaded, and limits are as the layout says. ``copies``: the thread that moves replicas."""
+        told = json.dumps({"copies": copies})
+        write_whole(self._directory / f"loaded-{self._launch.rank}-{self._number}.json", told)
         _await(self._directory / f"go-{self._number}.json")
 
     def _asked(self) -> tuple[list[Prompt], SamplingParams]:
