@@ -68,7 +68,9 @@ def run_experts(
         began_ns = perf_counter_ns()
         for pairs in torch.split(order_P[begin_of[expert] : ends[expert]], MAX_EXPERT_ROWS):
             padded = _padded(pairs, hidden_TH.dtype, weights)
-            output = expert_forward(module, hidden_TH[padded // top_k], weights, weights_P[padded])[: len(pairs)]
+            output = expert_forward(module, hidden_TH.index_select(0, padded // top_k), weights, weights_P[padded])[
+                : len(pairs)
+            ]
             contributions_PH.index_copy_(0, pairs, output.to(contributions_PH.dtype))
         if timeline is not None:
             settle(hidden_TH.device)

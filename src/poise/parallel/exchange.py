@@ -156,16 +156,17 @@ class TokenExchange:
         assert weights_TK.shape[1] == top_k, f"{weights_TK.shape[1]} choices a token, not {top_k}"
         rows = torch.empty(len(routes.token_N), self._row_bytes, dtype=torch.uint8, device=self._group.device)
         rows.view(torch.int32)[:, :top_k].copy_(routes.experts_NK)
-        rows.view(torch.float32)[:, top_k : 2 * top_k].copy_(weights_TK[routes.token_N])
-        rows.view(self._dtype)[:, begin : begin + self._hidden].copy_(hidden_TH[routes.token_N])
+        rows.view(torch.float32)[:, top_k : 2 * top_k].copy_(weights_TK.index_select(0, routes.token_N))
+        rows.view(self._dtype)[:, begin : begin + self._hidden].copy_(hidden_TH.index_select(0, routes.token_N))
         return rows
 
 
 def _rows_that_came(came: torch.Tensor, most_R: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
     """Without the places that were left empty, and how many came from each rank."""
     is_row_M = came.view(torch.int32)[:, 0] != NO_ROW
+    pieces = torch.split(came, list(most_R))
     received_R = tuple(int(piece.sum()) for piece in torch.split(is_row_M, list(most_R)))
-    return came[is_row_M], received_R
+    return torch.cat([piece[:rows] for piece, rows in zip(pieces, received_R, strict=True)]), received_R
 
 
 def token_pieces(routes: Routes) -> tuple[torch.Tensor, ...]:
