@@ -89,9 +89,9 @@ class RankGroup:
     def takes_fewer(self) -> bool:
         """Whether ``all_to_all`` may be told of more rows than come: those that come lie at the begin of their rank's piece.
 
-        Gloo only asks that a message fits; NCCL asks for the very size.
+        Gloo only asks that a message fits; NCCL asks for the very size, and what is staged on its way is copied whole.
         """
-        return self._backend == "gloo"
+        return self.carrier.backend == "gloo" and self.device.type == "cpu"
 
     @property
     def _watching(self) -> Watch:
