@@ -89,18 +89,19 @@ class _Suite:
     def parts_of(self, widened: Case) -> Mapping[str, Callable[[], dict[str, Any]]]:
         """In their order."""
         links = {name.replace(" ", "").replace("/", ""): layout for name, layout in LINKS.items()}
-        code, mixed = widened.rows["code"], _mixed(widened)
         unequal = replace(four_unequal_ranks(), copy_engines=True)
         return {
-            "code": lambda: self._prefill(widened, eight_ranks(), code, ALL),
-            "mixed": lambda: self._prefill(widened, eight_ranks(), mixed, ALL),
+            "code": lambda: self._prefill(widened, eight_ranks(), _rows(widened, "code"), ALL),
+            "mixed": lambda: self._prefill(widened, eight_ranks(), _mixed(widened), ALL),
             "switch": lambda: self._switch(widened),
             "decode": lambda: self._decode(widened, ["code"], ALL, WARM_UP),
             "decode-switch": lambda: self._decode(widened, ["prose", "code"], STATIC | ONCE | PROBE | ORACLE, SETTLED),
-            "unequal": lambda: self._prefill(widened, unequal, code, STATIC | MOVERS | PROBE | PROBE_VIBE),
+            "unequal": lambda: self._prefill(
+                widened, unequal, _rows(widened, "code"), STATIC | MOVERS | PROBE | PROBE_VIBE
+            ),
             "ways": lambda: self._ways(widened),
-            "slots": lambda: self._prefill(widened, _linked(), mixed, STATIC | SLOTS),
-            "no-engines": lambda: self._prefill(widened, equal_ranks(), code, STATIC | PROBE),
+            "slots": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | SLOTS),
+            "no-engines": lambda: self._prefill(widened, equal_ranks(), _rows(widened, "code"), STATIC | PROBE),
             "random": lambda: self._prefill(self._random(0.7), LINKS["4 Gbit/s"](), None, ALL),
             "overhead": self._overhead,
             "break-even-tokens": lambda: self._break_even_tokens(widened),
