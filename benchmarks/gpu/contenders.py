@@ -16,21 +16,20 @@ from typing import Any
 
 import torch
 
+from poise import LLM, SamplingParams
+from poise.engine.blueprint import Options, draw_up
+from poise.plan.schedule import Policy
+from poise.plan.workload import Workload
+from poise.profile.accelerator import AcceleratorRates, accelerator_rates, copy_rate
+
 PROMPT_TOKENS = 512
 WARM_PROMPT_TOKENS, WARM_NEW_TOKENS = 64, 2
 PLANNED_REQUESTS = 512
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-POLICIES = ("planned", "whole-layer", "hot")
 
 
 def poise(options: argparse.Namespace) -> dict[str, Any]:
     """Poise: experts in DRAM, or behind it on the disk, and on the device what fits."""
-    from poise import LLM, SamplingParams
-    from poise.engine.blueprint import Options, draw_up
-    from poise.plan.schedule import Policy
-    from poise.plan.workload import Workload
-    from poise.profile.accelerator import accelerator_rates, copy_rate
-
     device = torch.device(options.device)
     tiers: dict[str, Any] = {"device": options.device, "device_memory": options.device_memory, "memory": options.memory}
     pairs = [(options.batch_size, n) for n in ((options.batches,) if options.batches else BATCHES)]
@@ -43,32 +42,46 @@ def poise(options: argparse.Namespace) -> dict[str, Any]:
     rates = accelerator_rates(
         device, drawn.dtype.dtype, shape=max(_shapes(drawn), key=lambda shape: shape[0] * shape[1])
     )
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    policy = {
-        "planned": None,
-        "whole-layer": Policy(read_ahead="layer", order="index"),
-        "hot": Policy(read_ahead="hot", order="arrival", ahead=drawn.spec.top_k),
-    }[options.policy]
-    with LLM(options.model, groups=[(options.batch_size, batches)], policy=policy, **tiers) as llm:
+    found = {}
+    with LLM(options.model, groups=[(options.batch_size, batches)], **tiers) as llm:
         load_s = time.perf_counter() - began_s
         _say(f"loaded in {load_s:.1f} s; {rows} rows; {rates}")
-        _generate(llm, rows, WARM_PROMPT_TOKENS, WARM_NEW_TOKENS, SamplingParams)
-        warm_s = time.perf_counter() - began_s - load_s
-        _say(f"warm after {warm_s:.1f} s more")
-        host = llm._open()._supplier.host
-        from_disk = host.bytes_read
-        passes = _generate(llm, rows, PROMPT_TOKENS, options.new_tokens, SamplingParams)
-        facts = llm.describe()
-        slots, last = llm._open().num_slots, llm.last_progress
-        from_disk = host.bytes_read - from_disk
-    spec = drawn.spec
-    rate = copy_rate(device) if device.type == "cuda" else rates.copy_bytes_per_s
-    return {
+        _generate(llm, rows, WARM_PROMPT_TOKENS, WARM_NEW_TOKENS)
+        _say(f"warm after {time.perf_counter() - began_s - load_s:.1f} s more")
+        for name in options.policies:
+            llm.use_policy(_policy(name, drawn.spec.top_k))
+            found[name] = _run(llm, rows, options.new_tokens, rates) | {"load_s": load_s}
+    return found
+
+
+def _policy(name: str, top_k: int) -> Policy:
+    """Poise's own, and pipelines of the paper's ablation."""
+    policies = {
+        "planned": Policy(),
+        "whole-layer": Policy(read_ahead="layer", order="index"),
+        "hot": Policy(read_ahead="hot", order="arrival", ahead=top_k),
+        "nothing-ahead": Policy(read_ahead="none", order="arrival"),
+    }
+    return policies[name]
+
+
+def _run(llm: LLM, rows: int, new_tokens: int, rates: AcceleratorRates) -> dict[str, Any]:
+    """One timed call; the bus is measured anew behind it."""
+    is_gpu = torch.cuda.is_available()
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    host, spec = llm._open()._supplier.host, llm.spec
+    from_disk = host.bytes_read
+    passes = _generate(llm, rows, PROMPT_TOKENS, new_tokens)
+    facts, last, slots = llm.describe(), llm.last_progress, llm._open().num_slots
+    assert last is not None
+    rate = copy_rate(torch.device("cuda")) if is_gpu else rates.copy_bytes_per_s
+    prefill_s = next(each["s"] for each in passes if each["generated_tokens"] >= rows)
+    found = {
         "rows": rows,
-        "load_s": load_s,
-        "warm_s": warm_s,
         "elapsed_s": last.elapsed_s,
+        "prefill_s": prefill_s,
+        "decode_tokens_per_s": rows * (new_tokens - 1) / (last.elapsed_s - prefill_s),
         "generated_tokens": last.generated_tokens,
         "tokens_per_s": last.generated_tokens_per_s,
         "expert_slots": slots,
@@ -76,24 +89,26 @@ def poise(options: argparse.Namespace) -> dict[str, Any]:
         "experts": sum(spec.experts_L),
         "expert_bytes": spec.expert_bytes,
         "copied_bytes": last.bytes_read,
-        "disk_bytes": from_disk,
+        "disk_bytes": host.bytes_read - from_disk,
         "prefill_ahead": last.prefill_ahead.as_json(),
         "decode_ahead": last.decode_ahead.as_json(),
         "rates": asdict(rates),
         "copy_bytes_per_s": rate,
-        "limit": limits(passes, slots, spec, rate, rates.flops_per_s, PROMPT_TOKENS, rows, options.new_tokens),
-        "passes": passes,
+        "limit": limits(passes, slots, spec, rate, rates.flops_per_s, rows * (PROMPT_TOKENS + new_tokens - 1)),
+        "passes": {name: [each[name] for each in passes] for name in passes[0]},
         "plan": {key: value for key, value in facts.items() if isinstance(value, (int, float, str, bool))},
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        "reserved_device_bytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if is_gpu else None,
+        "reserved_device_bytes": torch.cuda.max_memory_reserved() if is_gpu else None,
     }
+    _say(f"{found['tokens_per_s']:.1f} tokens/s, {found['decode_tokens_per_s']:.1f} in decode; {facts}")
+    return found
 
 
 def _shapes(drawn: Any) -> list[tuple[int, int]]:
     return [shape for shape in drawn.layout.experts_LE[0][0].shapes.values() if len(shape) == 2]
 
 
-def _generate(llm: Any, rows: int, prompt_tokens: int, new_tokens: int, params: Any) -> list[dict[str, float]]:
+def _generate(llm: LLM, rows: int, prompt_tokens: int, new_tokens: int) -> list[dict[str, float]]:
     """Generates, and notes after every pass what had been done so far."""
     passes: list[dict[str, float]] = []
 
@@ -109,7 +124,7 @@ def _generate(llm: Any, rows: int, prompt_tokens: int, new_tokens: int, params: 
         )
 
     prompts = [{"prompt_token_ids": ids} for ids in random_prompts(rows, prompt_tokens, llm.spec.vocabulary)]
-    llm.generate(prompts, params(max_tokens=new_tokens, ignore_eos=True), on_progress=passed)
+    llm.generate(prompts, SamplingParams(max_tokens=new_tokens, ignore_eos=True), on_progress=passed)
     return passes
 
 
@@ -119,15 +134,13 @@ def limits(
     spec: Any,
     bytes_per_s: float,
     flops_per_s: float,
-    prompt_tokens: int,
-    rows: int,
-    new_tokens: int,
+    tokens: int,
 ) -> dict[str, float]:
     """Least bytes over the bus, and least seconds: in every pass experts that are used and found no slot must come; every
     token's products must be computed: two operations for each weight, which takes two bytes. The larger of the two."""
     head_bytes = spec.hidden * spec.vocabulary * 2
     token_flops = spec.dense_bytes - 2 * head_bytes + len(spec.moe_layers) * spec.top_k * spec.expert_bytes
-    flops = token_flops * rows * (prompt_tokens + new_tokens - 1)
+    flops = token_flops * tokens
     must, used = 0.0, 0.0
     for each in passes:
         must += max(0.0, each["used"] - used - slots) * spec.expert_bytes
@@ -184,7 +197,7 @@ def accelerate(options: argparse.Namespace) -> dict[str, Any]:
     prefill_s = times_s[0] - began_s
     steps_s = [later - earlier for earlier, later in itertools.pairwise(times_s)]
     elapsed_s = prefill_s + (options.new_tokens - 1) * statistics.median(steps_s)
-    return {
+    figures = {
         "rows": options.batch_size,
         "load_s": load_s,
         "prefill_s": prefill_s,
@@ -194,6 +207,7 @@ def accelerate(options: argparse.Namespace) -> dict[str, Any]:
         "peak_device_bytes": torch.cuda.max_memory_allocated() if is_gpu else None,
         "modules": {str(place): places.count(place) for place in set(places)},
     }
+    return {"": figures}
 
 
 def _places(options: argparse.Namespace) -> dict[str, int | str]:

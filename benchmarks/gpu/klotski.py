@@ -37,17 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     ends_s = time.monotonic() + options.seconds
     scratch = Path(tempfile.mkdtemp(prefix="poise-klotski-", dir=options.scratch))
+    model = options.model or str(scratch / "model")
     results: dict[str, Any] = {"layers": options.layers, "device_bytes": _device_bytes(options), "contenders": {}}
     try:
         began_s = time.monotonic()
-        _run(["--contender", "make", "--model", str(scratch / "model"), *_shape(options)], ends_s)
+        if options.model is None:
+            _run(["--contender", "make", "--model", model, *_shape(options)], ends_s)
         results["make_s"] = time.monotonic() - began_s
         for name, flags in _contenders(options):
             began_s = time.monotonic()
-            found = _run(["--model", str(scratch / "model"), *flags], ends_s)
-            if found is not None:
-                results["contenders"][name] = found
-                _print_line(name, found, time.monotonic() - began_s)
+            found = _run(["--model", model, *flags], ends_s) or {}
+            for variant, figures in found.items():
+                results["contenders"][f"{name} {variant}".strip()] = figures
+                _print_line(f"{name} {variant}", figures, time.monotonic() - began_s)
             _write(options, results, is_last=False)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -64,9 +66,8 @@ def _contenders(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
         common = ["--batch-size", str(size), "--new-tokens", str(options.new_tokens)]
         tiers = ["--contender", "poise", *common, "--device", options.device, "--device-memory", device]
         tiers += ["--memory", str(options.memory)]
-        for policy in options.policies:
-            batches = ["--batches", str(options.batches)] if options.batches else []
-            yield f"poise, {policy}, bs {size}", [*tiers, "--policy", policy, *batches]
+        batches = ["--batches", str(options.batches)] if options.batches else []
+        yield f"poise, bs {size},", [*tiers, "--policies", *options.policies, *batches]
         if not options.no_accelerate:
             caches = size * (512 + options.new_tokens) * KV_BYTES_PER_TOKEN_LAYER * options.layers
             weights = max(10**9, _device_bytes(options) - BESIDE_WEIGHTS_BYTES - caches)
@@ -89,10 +90,10 @@ def _run(flags: Sequence[str], ends_s: float) -> dict[str, Any] | None:
         print(f"   took longer than {left_s:.0f} s; it said: {error.stdout!r}", flush=True)
         return None
     lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
+    if done.returncode:
         print(f"   ended with {done.returncode}; it said:\n{done.stdout}", flush=True)
         return None
-    found: dict[str, Any] = json.loads(lines[-1])
+    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
     return found
 
 
@@ -104,7 +105,6 @@ def _contend(options: argparse.Namespace) -> None:
         from checkpoint import config_of, write
 
         write(Path(options.model), config_of(options.layers, options.divide), torch.device(options.device))
-        print("{}")
         return
     import contenders
 
@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Offload on one GPU, in Klotski's setting.")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--divide", type=int, default=1, help="widths by this, to try the benchmark itself")
+    parser.add_argument("--model", help="a checkpoint that was made before")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64])
     parser.add_argument("--batches", type=int, default=0, help="n; 0: as planned")
     parser.add_argument("--policies", nargs="+", default=["planned", "whole-layer"])
@@ -171,9 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path)
     inner = parser.add_argument_group("of a contender")
     inner.add_argument("--contender", choices=("make", "poise", "accelerate"))
-    inner.add_argument("--model")
     inner.add_argument("--batch-size", type=int)
-    inner.add_argument("--policy")
     inner.add_argument("--device-memory")
     inner.add_argument("--weights-bytes", type=int)
     return parser

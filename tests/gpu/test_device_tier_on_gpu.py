@@ -53,11 +53,13 @@ def on_gpu(reference: Reference) -> Any:
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize(("slots", "host_slots"), [(1, None), (2, None), (5, 3), (None, None)])
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("dtype", "slots", "host_slots"),
+    [("float32", 1, None), ("float32", 5, 3), ("bfloat16", 2, None), ("bfloat16", 3, 4)],
+)
 def test_large_experts(
     dtype: str,
-    slots: int | None,
+    slots: int,
     host_slots: int | None,
     checkpoint: MakeCheckpoint,
     on_gpu: Any,
@@ -79,7 +81,7 @@ def test_large_experts(
             print(f"{dtype}, slots {slots}, {host_slots}: errors {errors}")
             assert (max(errors) if dtype == "float32" else statistics.median(errors)) <= TOLERANCE[dtype]
         copied = llm._open().counters.bytes_read
-    assert copied <= llm.spec.experts_bytes if slots is None else copied > 2 * llm.spec.experts_bytes
+    assert copied > 2 * llm.spec.experts_bytes
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "granitemoe", "deepseek_v3", "qwen3_next"])

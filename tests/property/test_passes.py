@@ -66,6 +66,20 @@ def test_reading_ahead_fills_the_time_from_the_last_expert_to_the_first_router()
     )
 
 
+def test_through_a_single_slot_no_expert_computes_while_another_is_read() -> None:
+    """One layer of 8 experts, all used: 8 reads of 10 ms and 8 computes of 2 ms in turn, behind 5 ms of attention."""
+    costs = FixedCosts(attention=0.005, expert=0.002, disk_bytes_per_s=1e9)
+    shape = PassShape(batch_size=64, decode_rows=64, prefill_tokens=0, chunk_tokens=16, context_tokens=64)
+    routing = Routing.recorded(np.ones((1, 8)), top_k=8)
+
+    def seconds(is_single: bool) -> float:
+        held = Held(resident=0, ahead=1, streamed_bytes=0, cache_bytes_per_token=0, is_single=is_single)
+        return time_pass(shape, held, costs=costs, routing=routing, expert_bytes=10_000_000, num_layers=1).seconds
+
+    assert seconds(is_single=True) == pytest.approx(0.005 + 8 * 0.012)
+    assert seconds(is_single=False) == pytest.approx(0.005 + 8 * 0.010 + 0.002)
+
+
 def test_routing_that_was_recorded_needs_fewer_reads_than_uniform_routing_does() -> None:
     skewed = Routing.recorded([[1000, 500, *[1] * 62]] * 4, top_k=8)
     uniform = Routing.uniform((64,) * 4, 8)

@@ -257,6 +257,12 @@ class LLM:
         """The forward passes themselves, for measurements beside ``generate``; what those take is in no memory plan."""
         return self._runner
 
+    def use_policy(self, policy: Policy) -> None:
+        """How passes run from the next call on."""
+        self._runner.listen(self._prefetcher, on=False)
+        self._policy = policy
+        self._prefetcher = make_prefetcher(policy, self._open(), self._table)
+
     @property
     def last_progress(self) -> Progress | None:
         """The final figures of the last call of ``generate``."""

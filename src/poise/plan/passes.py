@@ -75,12 +75,14 @@ class PassShape:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
     """What is where. ``resident`` experts stay in memory, the disk may read ``ahead`` experts before they are asked for;
-    ``streamed_bytes`` of dense weights are read in each pass, and caches, ``cache_bytes_per_token``, where they lie on disk."""
+    ``streamed_bytes`` of dense weights are read in each pass, and caches, ``cache_bytes_per_token``, where they lie on disk.
+    ``is_single``: all experts pass through one slot, each read only when the one before has computed."""
 
     resident: int
     ahead: int
     streamed_bytes: int
     cache_bytes_per_token: int
+    is_single: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,8 +138,8 @@ class _Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Parts:
-    """What one layer reads: ``missing`` experts, ``late`` of them after its first batch; the expert that came last then takes
-    ``tail_s``."""
+    """What one layer reads: ``missing`` experts, ``late`` of them after its first batch; experts whose compute hides no read,
+    usually the one that came last, take ``tail_s``."""
 
     expert_io_s: float
     missing: float
@@ -220,13 +222,14 @@ class PassTimer:
         layers = self._moe_layers + self._plain_layers
         missing = float(work.missing_S[min(held.resident, len(work.missing_S) - 1)]) / self._moe_layers
         moved_tokens = shape.decode_rows * (shape.context_tokens + 1) + 2 * shape.prefill_tokens
+        expert_s = work.experts_s * self._moe_layers / max(work.active, self._moe_layers)
         return _Parts(
             expert_io_s=self._expert_io_s,
             missing=missing,
             late=max(missing - max(held.ahead - UNDER_WAY, 0), 0.0),
             dense_io_s=held.streamed_bytes / self._rate / layers,
             cache_io_s=held.cache_bytes_per_token * moved_tokens / self._rate / layers,
-            tail_s=work.experts_s * self._moe_layers / max(work.active, self._moe_layers),
+            tail_s=expert_s * (max(missing, 1.0) if held.is_single else 1.0),
         )
 
     def _work(self, shape: PassShape) -> _Work:

@@ -243,6 +243,7 @@ class _Search:
             ahead=ahead,
             streamed_bytes=dense.bytes_per_pass,
             cache_bytes_per_token=self._model.cache.movable_bytes_per_token if candidate.cache_on_disk else 0,
+            is_single=slots == 1,
         )
 
     def _seconds(self, candidate: Candidate, held: Held) -> tuple[float, float]:
