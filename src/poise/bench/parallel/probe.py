@@ -61,6 +61,8 @@ EVEN = 0.01
 """An exponent at which all experts are about as popular."""
 SKEWS = (EVEN, 0.35, 0.7)
 TOKENS = (16, 64, 256)
+OVERHEAD_ROWS = (1, 4)
+"""Prompts of each rank in a pass."""
 LINKS: Mapping[str, Callable[[], ClusterLayout]] = {
     "loopback": two_ranks,
     "4 Gbit/s": lambda: two_ranks().with_link(4 * GBIT_PER_S),
@@ -159,9 +161,13 @@ class _Suite:
             return self._about(case, session, "decode", DECODE_ROWS) | {"policies": facts}
 
     def _overhead(self) -> dict[str, Any]:
-        """Even popularity: nothing to gain, so what balancing costs is seen."""
-        contenders = STATIC | PROBE
-        return self._prefill(self._random(EVEN), two_ranks(), None, contenders, rows_per_rank=2, rounds=4)
+        """Even popularity: nothing to gain, so what balancing costs is seen, in short passes and in long ones."""
+        case, layout = self._random(EVEN), two_ranks()
+        rows = [
+            self._prefill(case, layout, None, STATIC | PROBE, rows_per_rank=count, rounds=4, warm_up=4)
+            for count in OVERHEAD_ROWS
+        ]
+        return {"rows": rows}
 
     def _break_even_tokens(self, case: Case) -> dict[str, Any]:
         """From few tokens, for which experts are hardly more than the reading of their weights, to many."""
