@@ -113,7 +113,7 @@ def test_an_oracle_knows_every_count_and_figures_say_what_balancing_did(
         assert row["home_imbalance"] == pytest.approx(facts["static"]["token_imbalance"])
         assert row["replicas_used_per_pass"] + row["declined_per_pass"] > 0
     assert tuple(probe_suite._Suite(tmp_path, tmp_path, 1).parts_of(case)) == probe_suite.PARTS
-    assert [table.row_count for table in tables({"code": shown(facts)})] == [3]
+    assert [table.row_count for table in tables({"code": shown(facts)})] == [3, 2]
 
 
 def shown(policies: dict[str, Any]) -> dict[str, Any]:

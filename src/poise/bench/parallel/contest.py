@@ -1,7 +1,8 @@
 """Policies that take turns over the same passes: what steps last, how even ranks are, what balancing each step did.
 
-Each contender runs ``WARM_UP`` passes that do not count, in which EPLB and ViBE rearrange experts, then those that do, in
-``ROUNDS`` rounds of alternating order. The oracle is told the counts that the first run of ``static`` kept.
+Each contender runs ``WARM_UP`` passes that do not count, in which EPLB rearranges experts, then those that do, in ``ROUNDS``
+rounds of alternating order. ViBE starts where its planner puts experts by what the first run of ``static`` saw in the passes
+that do not count, as after a longer run; the oracle is told all the counts which that run kept.
 """
 
 from __future__ import annotations
@@ -13,23 +14,26 @@ from typing import Any
 import numpy as np
 
 from poise.bench.parallel.session import JobResult, Session
+from poise.bench.parallel.unequal import costs_of, placements_of
+from poise.engine.balances import REDUNDANT_SLOTS
 
 WARM_UP = 10
 ONCE_AT, SETTLED = 13, 17
 """EPLB's window before a switch, and the passes after which what it ordered then has moved."""
 ROUNDS = 2
 REPLAY = "counts of an earlier run"
-"""Stands in a contender for the file that is made while measuring."""
+PLACED = "where experts belong"
+"""Stand in a contender for what is made while measuring."""
 Contenders = dict[str, Mapping[str, Any]]
 STATIC: Contenders = {"static": {"balance": "static"}}
 MOVERS: Contenders = {
     "eplb": {"balance": "eplb", "policy": {"interval": 4}},
-    "vibe": {"balance": "vibe", "policy": {"interval": 2}},
+    "vibe": {"balance": "vibe", "policy": {"interval": 2}, "placement": PLACED},
 }
 ONCE: Contenders = {**MOVERS, "eplb": {"balance": "eplb", "policy": {"interval": ONCE_AT}}}
 """EPLB arranges experts by what came before a switch, and not again in the first nine passes behind it."""
 PROBE: Contenders = {"probe": {"balance": "probe"}}
-PROBE_VIBE: Contenders = {"probe + vibe": {"balance": "probe+vibe", "policy": {"interval": 2}}}
+PROBE_VIBE: Contenders = {"probe + vibe": {"balance": "probe+vibe", "policy": {"interval": 2}, "placement": PLACED}}
 ORACLE: Contenders = {"oracle": {"balance": "probe", "steps": {"predictor": "replayed", "replay": REPLAY}}}
 
 
@@ -49,6 +53,7 @@ def contest(
     """
     runs: dict[str, list[JobResult]] = {name: [] for name in contenders}
     replay: Path | None = None
+    placed: Any = None
     for number in range(rounds):
         for name in list(contenders) if number % 2 == 0 else list(contenders)[::-1]:
             given = dict(contenders[name])
@@ -57,11 +62,15 @@ def contest(
             if given.get("steps", {}).get("replay") == REPLAY:
                 assert replay is not None, "a static contender comes before the oracle"
                 given["steps"] = {**given["steps"], "replay": str(replay)}
+            if given.get("placement") == PLACED:
+                assert placed is not None, "a static contender comes before those that are placed"
+                given["placement"] = placed
             result = session.run({**job, **given})
             runs[name].append(result)
             if replay is None and result.load_RPLE is not None:
                 replay = directory / "replay.npy"
                 np.save(replay, result.load_RPLE)
+                placed = _placed(result, warm_up)
     counted = slice(warm_up, None if steps is None else warm_up + steps)
     facts = {name: summary(results, counted) for name, results in runs.items()}
     yardstick = facts[next(iter(contenders))]
@@ -69,6 +78,13 @@ def contest(
         row["speedup"] = yardstick["step_s"] / row["step_s"]
         row["of_even"] = yardstick["even_s"] / row["step_s"]
     return facts
+
+
+def _placed(result: JobResult, warm_up: int) -> Any:
+    """The planner's placement for what was seen in the passes that do not count, as its file has it."""
+    assert result.load_PLE is not None, "a static contender keeps its counts"
+    load_PLE = result.load_PLE[:warm_up]
+    return placements_of(load_PLE, costs_of([result], warm_up), REDUNDANT_SLOTS)["speed-aware"].to_json()
 
 
 def summary(results: Sequence[JobResult], counted: slice) -> dict[str, Any]:

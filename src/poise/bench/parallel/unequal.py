@@ -55,7 +55,8 @@ def measure(
         given = {"redundant_slots": redundant_slots} if placement is None else {"placement": placement.to_json()}
         return session.run(prefill_job(case, prompts, rows_per_rank=rows_per_rank, keeps_records=True, **given))
 
-    placements = _placements(run(profile, None), len(session.layout.ranks), redundant_slots)
+    first = run(profile, None)
+    placements = placements_of(_loads(first), costs_of([first]), redundant_slots)
     runs: dict[str, list[JobResult]] = {name: [] for name in POLICIES}
     for number in range(rounds):
         for name in POLICIES if number % 2 == 0 else POLICIES[::-1]:
@@ -77,9 +78,10 @@ def measure(
     }
 
 
-def costs_of(results: Sequence[JobResult]) -> RankCosts:
-    """A line for each rank through all layers that it computed."""
-    records_RNF = np.concatenate([_records(each).reshape(len(_records(each)), -1, 3) for each in results], axis=1)
+def costs_of(results: Sequence[JobResult], passes: int | None = None) -> RankCosts:
+    """A line for each rank through all layers that it computed, in the first ``passes``."""
+    records = [_records(each)[:, :passes] for each in results]
+    records_RNF = np.concatenate([each.reshape(len(each), -1, 3) for each in records], axis=1)
     costs = rank_costs([fit(*records_NF.T) for records_NF in records_RNF])
     assert costs is not None, "ranks have computed"
     return costs
@@ -103,15 +105,18 @@ def summary(results: Sequence[JobResult], bound_s: float) -> dict[str, Any]:
     }
 
 
-def _placements(result: JobResult, ranks: int, redundant_slots: int) -> Mapping[str, Placement]:
-    loads_PLE = _loads(result)
+def placements_of(
+    loads_PLE: npt.NDArray[np.float64], costs: RankCosts, redundant_slots: int
+) -> Mapping[str, Placement]:
+    """By ``POLICIES``, for the choices of some passes."""
     layers, experts = loads_PLE.shape[1:]
+    ranks = costs.num_ranks
     slots = -(-experts // ranks) + redundant_slots
     load_LE = loads_PLE.sum(axis=0)
     request = PlacementRequest(load_LE=load_LE, num_ranks=ranks, slots_per_rank=slots, steps=len(loads_PLE))
     chosen = {
         "token-balanced": balance_tokens(load_LE, num_slots=ranks * slots, num_ranks=ranks),
-        "speed-aware": place_on(request, costs_of([result]), expert_bytes=1).slot_to_expert_LS,
+        "speed-aware": place_on(request, costs, expert_bytes=1).slot_to_expert_LS,
     }
     first = contiguous(tuple(range(layers)), num_experts=experts, ranks=ranks, slots_per_rank=slots)
     return {"contiguous": first} | {
