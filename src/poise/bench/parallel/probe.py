@@ -93,11 +93,11 @@ class _Suite:
         links = {name.replace(" ", "").replace("/", ""): layout for name, layout in LINKS.items()}
         unequal = replace(four_unequal_ranks(), copy_engines=True)
         return {
-            "code": lambda: self._prefill(widened, eight_ranks(), _rows(widened, "code"), ALL),
-            "mixed": lambda: self._prefill(widened, eight_ranks(), _mixed(widened), ALL),
+            "code": lambda: self._prefill(widened, eight_ranks(), _rows(widened, "code"), self._all(widened)),
+            "mixed": lambda: self._prefill(widened, eight_ranks(), _mixed(widened), self._all(widened)),
             "switch": lambda: self._switch(widened),
-            "decode": lambda: self._decode(widened, ["code"], ALL, WARM_UP),
-            "decode-switch": lambda: self._decode(widened, ["prose", "code"], STATIC | ONCE | PROBE | ORACLE, SETTLED),
+            "decode": lambda: self._decode(widened, ["code"], self._all(widened), WARM_UP),
+            "decode-switch": lambda: self._decode(widened, ["prose", "code"], self._all(widened, movers=ONCE), SETTLED),
             "unequal": lambda: self._prefill(
                 widened, unequal, _rows(widened, "code"), STATIC | MOVERS | PROBE | PROBE_VIBE
             ),
@@ -135,16 +135,22 @@ class _Suite:
 
     def _ways(self, case: Case) -> dict[str, Any]:
         """All ways to know the counts of the layer to come, and without suspension."""
-        trained = str(distilled(self._directory, bundled_case(self._directory), case))
-        ways = WAYS | {"distilled": {"balance": "probe", "steps": {"lookahead": trained}}}
-        return self._prefill(case, _linked(), _mixed(case), STATIC | ways)
+        ways = STATIC | WAYS | self._distilled(case, "distilled")
+        return self._prefill(case, _linked(), _mixed(case), ways)
+
+    def _all(self, case: Case, movers: Contenders = MOVERS) -> Contenders:
+        return STATIC | movers | PROBE | self._distilled(case, "probe, distilled") | ORACLE
+
+    def _distilled(self, case: Case, name: str) -> Contenders:
+        trained = distilled(self._directory, bundled_case(self._directory), case)
+        return {name: {"balance": "probe", "steps": {"lookahead": str(trained)}}}
 
     def _switch(self, case: Case) -> dict[str, Any]:
         """Prose for as long as nothing counts, then code."""
         layout = eight_ranks()
         ranks = len(layout.ranks)
         rows = [cycled(case.rows["prose"], SETTLED * ranks), cycled(case.rows["code"], self._steps * ranks)]
-        contenders = STATIC | ONCE | PROBE | ORACLE
+        contenders = self._all(case, movers=ONCE)
         return self._prefill(case, layout, np.concatenate(rows), contenders, warm_up=SETTLED)
 
     def _decode(self, case: Case, kinds: Sequence[str], contenders: Contenders, passes: int) -> dict[str, Any]:
