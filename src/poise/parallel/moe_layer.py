@@ -186,7 +186,10 @@ class ExpertParallelLayers:
         return list(torch.split(output_TH, list(turn.tokens))) if turn.tokens else []
 
     def _tell(self, turn: Turn, received: Received, computed: Computed, *, combine_s: float) -> None:
-        note = StepNote(home_pairs=computed.routed_tokens) if self._balance is None else self._balance.note
+        note = StepNote(home_pairs=computed.routed_tokens)
+        if self._balance is not None:
+            note = self._balance.note
+            note.counts_s += received.waited_s
         record = LayerRecord(
             layer=turn.layer,
             routed_tokens=computed.routed_tokens,

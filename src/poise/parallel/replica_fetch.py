@@ -44,7 +44,9 @@ class Fetch:
         self._arrived = [False] * len(wanted)
         self._nbytes, self._busy_ns = 0, 0
         self._timeline = timeline
-        self._window, self._began_ns, self._stopped_ns = -1, 0, 0
+        self.window = -1
+        """In which it is at work; -1: in none."""
+        self._began_ns, self._stopped_ns = 0, 0
         self._parts, self._part_bytes = 0, 0
 
     @property
@@ -78,21 +80,21 @@ class Fetch:
 
     def go(self, window: int, suspended_ns: int) -> None:
         """At work in the ``window``-th window; the one before ended at ``suspended_ns``."""
-        if self._window == window:
+        if self.window == window:
             return
-        if self._window >= 0:
+        if self.window >= 0:
             self.stop(suspended_ns)
         now_ns = perf_counter_ns()
         if self._timeline is not None and self._parts:
             self._timeline.spans.append(Span(PREFETCH, "suspended", self._stopped_ns, now_ns, {"layer": self.layer}))
-        self._window, self._began_ns = window, now_ns
+        self.window, self._began_ns = window, now_ns
         self._parts += 1
 
     def stop(self, at_ns: int) -> None:
         """Not at work since then: suspended, or over."""
-        if self._window < 0:
+        if self.window < 0:
             return
-        self._window, self._stopped_ns = -1, max(at_ns, self._began_ns)
+        self.window, self._stopped_ns = -1, max(at_ns, self._began_ns)
         self._busy_ns += self._stopped_ns - self._began_ns
         if self._timeline is not None:
             experts = " ".join(str(each.expert) for each in self.wanted)

@@ -43,8 +43,8 @@ class ReplicaTrack:
         self._serve, self._chunk_bytes, self._suspends = serve, chunk_bytes, suspends
         self._lock = threading.Lock()
         self._fetch: Fetch | None = None
-        self._asked: tuple[Fetch, Message, int] | None = None
-        """Of which fetch, for what, when (ns)."""
+        self._asked: tuple[Fetch, Message, int, int] | None = None
+        """Of which fetch, for what, which rank, when (ns)."""
         self._questions: deque[tuple[Link, Message]] = deque()
         self._is_over = threading.Event()
         """Nothing is to be fetched any more."""
@@ -54,6 +54,8 @@ class ReplicaTrack:
         self.cpu_s = 0.0
         """Processor time that the thread has taken."""
         self.error: Exception | None = None
+        self.lost: set[int] = set()
+        """Ranks to which the link has ended."""
         self.timeline: Timeline | None = None
         """Gets a span for each part of a fetch, and for the time in which it is suspended."""
         self._wake_in, self._wake_out = socket.socketpair()
@@ -87,7 +89,7 @@ class ReplicaTrack:
                 return Fetched(arrived=(), nbytes=0, busy_s=0.0)
             if not fetch.is_over:
                 fetch.is_over = True
-                fetch.stop(perf_counter_ns())
+                fetch.stop(perf_counter_ns() if fetch.window == self._windows else self._suspended_ns)
             return fetch.fetched
 
     def finish(self, *, within_s: float) -> Fetched:
@@ -102,8 +104,8 @@ class ReplicaTrack:
         asked = self._asked
         if asked is None:
             return None
-        fetch, message, since_ns = asked
-        return (perf_counter_ns() - since_ns) / 1e9, fetch.wanted[fetch.place].source, message
+        _, message, source, since_ns = asked
+        return (perf_counter_ns() - since_ns) / 1e9, source, message
 
     def suspend(self) -> None:
         """Tokens are about to travel: asks and answers for no more chunks."""
@@ -131,11 +133,6 @@ class ReplicaTrack:
         for sock in (*(link.sock for link in self._links.values()), self._wake_in, self._wake_out):
             sock.close()
         self._selector.close()
-
-    @property
-    def thread_id(self) -> int | None:
-        """The kernel's number of the thread."""
-        return self._thread.native_id
 
     def _wake(self) -> None:
         try:
@@ -180,7 +177,8 @@ class ReplicaTrack:
         self._selector.unregister(link.sock)
         link.sock.close()
         self._questions = deque(each for each in self._questions if each[0] is not link)
-        if self._asked is not None and self._asked[0].wanted[self._asked[0].place].source == link.rank:
+        self.lost.add(link.rank)
+        if self._asked is not None and self._asked[2] == link.rank:
             self._answered(is_gone=True)
 
     def _send(self, link: Link, message: Message, content: memoryview | None = None) -> None:
@@ -193,22 +191,22 @@ class ReplicaTrack:
             self._selector.modify(link.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, link)
 
     def _answer(self) -> None:
-        """Gives the chunks that others have asked for, while the window is open."""
-        while self._questions and self._is_open:
+        """Gives the chunks that others have asked for, one after the other, while the window is open."""
+        while self._questions and self._is_open and not any(link.is_full for link in self._links.values()):
             link, asked = self._questions.popleft()
             content = self._serve(asked, link.rank)
             self._send(link, replace(asked, kind=GONE if content is None else CHUNK), content)
 
     def _place(self, message: Message) -> memoryview:
         assert self._asked is not None, "a chunk that nobody asked for"
-        fetch, asked, _ = self._asked
+        fetch, asked, *_ = self._asked
         assert replace(message, kind=ASK) == asked, f"{message} came where {asked} was asked for"
         return fetch.wanted[fetch.place].run[message.offset : message.offset + message.nbytes]
 
     def _answered(self, *, is_gone: bool) -> None:
         """The chunk that was asked for is here, or never will be."""
         assert self._asked is not None, "an answer that nobody asked for"
-        fetch, asked, _ = self._asked
+        fetch, asked, *_ = self._asked
         self._asked = None
         with self._lock:
             if is_gone:
@@ -234,7 +232,7 @@ class ReplicaTrack:
                 wanted = fetch.wanted[fetch.place]
                 nbytes = min(self._chunk_bytes, len(wanted.run) - fetch.offset)
                 ask = Message(kind=ASK, layer=fetch.layer, expert=wanted.expert, nbytes=nbytes, offset=fetch.offset)
-                self._asked = (fetch, ask, perf_counter_ns())
+                self._asked = (fetch, ask, wanted.source, perf_counter_ns())
             link = self._links.get(wanted.source)
             if link is None:
                 self._answered(is_gone=True)

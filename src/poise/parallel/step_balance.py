@@ -10,6 +10,7 @@ Source: PROBE (arXiv 2602.00509), section 5.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from time import perf_counter
 
@@ -30,8 +31,11 @@ from poise.parallel.step_plan import StepPlan
 from poise.parallel.step_planner import NO_REPLICAS, StepPlanner
 from poise.parallel.step_windows import Windows
 from poise.plan.balance import BalancePlan
+from poise.plan.compiled import arithmetic
 from poise.plan.rank_costs import Floats
 from poise.spec.timeline import COMPUTE, EXCHANGE, Span, Timeline
+
+logger = logging.getLogger(__name__)
 
 LEAST_WAIT_S, EXPOSED_WAIT = 0.05, 4.0
 """Replicas that ranks wait for are given up after so long, and so many times what fetching should take."""
@@ -65,6 +69,8 @@ class StepBalance:
         self._computed = (0, 0, 0.0)
         self._permille = (1000, 1000)
         self._aux_s = 0.0
+        self._missed: set[int] = set()
+        """Ranks that send no more replicas."""
         self.replicas: Mapping[int, Weights] = {}
         """By expert, those that compute in the layer at hand."""
         self.note = StepNote()
@@ -117,11 +123,11 @@ class StepBalance:
         own_E = _counts_E(choice_TK, self._num_experts)
         plan, bits = self._end_fetch(layer, own_E)
         guess_E = self._guess((layer + 1) % self._num_layers, layer, own_E, hidden_TH, choice_TK)
-        home = None
-        if plan is None or not plan.pays:
-            home = route(choice_TK, copies, source_rank=self._rank)
+        pays = self._planner.has_choice(layer) or (plan is not None and plan.pays)
+        home = None if pays else route(choice_TK, copies, source_rank=self._rank)
         asked_s = perf_counter()
-        news = self._exchanged(self._own_news(layer, len(hidden_TH), plan, bits), own_E, guess_E, home)
+        own = self._own_news(layer, len(hidden_TH), plan, bits, pays=pays)
+        news = self._exchanged(own, own_E, guess_E, home)
         heard_s = perf_counter()
         note.told_s = heard_s - asked_s
         self._windows.end(layer)
@@ -136,7 +142,7 @@ class StepBalance:
         self.replicas = {} if plan is None else self._admitted(plan, came_N3)
         note.home_pairs = float(self._planner.home_pairs_R(layer, news.counts_RE)[self._rank])
         note.replicas_used = len(self.replicas)
-        divided = self._planner.dispatch(layer, news.counts_RE, came_N3, self._rank)
+        divided = self._planner.dispatch(layer, news.counts_RE, came_N3, *_fracs(news), rank=self._rank)
         coming = None
         if divided is None:
             routes = home or route(choice_TK, copies, source_rank=self._rank)
@@ -145,13 +151,14 @@ class StepBalance:
         else:
             dispatch, pairs_R = divided
             routes = route_by(choice_TK, dispatch, num_ranks=self._group.num_ranks)
-            most_R = np.minimum(pairs_R, news.of("tokens"))
-            most_R[self._rank] = routes.sent_R[self._rank]
-            coming = Coming(rows_R=tuple(most_R.tolist()), is_exact=False)
+            if news.is_same("arithmetic"):
+                most_R = np.minimum(pairs_R, news.of("tokens"))
+                most_R[self._rank] = routes.sent_R[self._rank]
+                coming = Coming(rows_R=tuple(most_R.tolist()), is_exact=False)
         ended_s = perf_counter()
         note.balance_s = ended_s - began_s - note.told_s - waited_s
         note.told_s += waited_s
-        note.counts_s = note.told_s if coming is None else 0.0
+        note.counts_s = waited_s
         self._show(layer, began_s, asked_s, heard_s, ended_s)
         return routes, coming
 
@@ -210,7 +217,8 @@ class StepBalance:
         """The plan for this layer, and which of its replicas are here."""
         self._raise_if_stuck()
         fetched = self.track.end_fetch()
-        self._windows.fetched(fetched)
+        if self._forecast is not None:
+            self._windows.fetched(fetched)
         self.note.replica_bytes = fetched.nbytes
         self.note.own_pairs = int(own_E.sum())
         if self._guess_E is not None:
@@ -225,6 +233,9 @@ class StepBalance:
     def _raise_if_stuck(self) -> None:
         if self.track.error is not None:
             raise self.track.error
+        for rank in sorted(self.track.lost - self._missed):
+            logger.warning("no replicas come from rank %d any more: the link to it has ended", rank)
+            self._missed.add(rank)
         waits = self.track.waits_since_s
         if waits is not None and waits[0] > self._group.behind_s:
             _, source, asked = waits
@@ -241,14 +252,15 @@ class StepBalance:
         self._guess_E = self._forecast.counts_E(following, hidden_TH, real_T)
         return self._guess_E
 
-    def _own_news(self, layer: int, tokens: int, plan: StepPlan | None, bits: int) -> RankNews:
+    def _own_news(self, layer: int, tokens: int, plan: StepPlan | None, bits: int, *, pays: bool) -> RankNews:
         pairs, active, seconds = self._computed
         self._computed = (0, 0, 0.0)
         return RankNews(
             layer=layer,
             tokens=tokens,
+            arithmetic=arithmetic(),
             plan=0 if plan is None else plan.digest,
-            pays=self._forecast is None or self._planner.has_choice(layer) or (plan is not None and plan.pays),
+            pays=pays,
             arrived=bits,
             window_us=self._windows.window_us((layer + 1) % self._num_layers),
             fetch_kb_s=self._windows.fetch_kb_s,

@@ -18,9 +18,10 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankNews:
-    """``layer``: where the rank stands, with so many ``tokens`` of its own. ``plan``: a digest of its plan for this layer, 0
-    without one; ``pays``: tokens may go elsewhere than to their first homes, so that rows are counted again. ``arrived``: bits,
-    by the plan's replicas for this rank, of those that are here.
+    """``layer``: where the rank stands, with so many ``tokens`` of its own. ``arithmetic``: as ``plan.compiled`` has it: ranks
+    with another one may divide tokens differently. ``plan``: a digest of its plan for this layer, 0 without one; ``pays``:
+    tokens may go elsewhere than to their first homes. ``arrived``: bits, by the plan's replicas for this rank, of those that
+    are here.
 
     ``window_us``: how long its link was free for the next layer's replicas, the last time; ``fetch_kb_s``: how fast they come,
     0 if it is not known. ``in_permille``, ``out_permille``: rows over (token, expert) pairs that travel.
@@ -29,6 +30,7 @@ class RankNews:
 
     layer: int
     tokens: int = 0
+    arithmetic: int = 0
     plan: int = 0
     pays: bool = False
     arrived: int = 0
@@ -69,6 +71,10 @@ class StepNews:
         ends = [NUM_FIELDS, NUM_FIELDS + experts, NUM_FIELDS + 2 * experts]
         numbers_RF, counts_RE, predicted_RE, rows_RR = np.split(rows_RN, ends, axis=1)
         return cls(numbers_RF=numbers_RF, counts_RE=counts_RE, predicted_RE=predicted_RE, rows_RR=rows_RR)
+
+    def is_same(self, field: str) -> bool:
+        """Whether all ranks tell the same there."""
+        return bool((self.of(field) == self.of(field)[0]).all())
 
     def of(self, field: str) -> Ints:
         """One of the fields of ``RankNews``, of each rank."""

@@ -11,9 +11,10 @@ class StepNote:
 
     ``home_pairs``: (token, expert) pairs that it would have computed with its experts at home alone. ``own_pairs``: of its own
     tokens, of which ``guessed_wrong`` were predicted for other experts. ``replicas_planned`` for it, of which ``replicas_used``
-    came in time; ``replica_bytes`` came in all. ``declined``: 1 where nothing paid. ``told_s``: to tell and hear counts;
-    ``counts_s``: the same where that is one message more than without. ``balance_s``: predicting, planning and dividing on the
-    computing thread; ``aux_s``: processor time of the auxiliary thread.
+    came in time; ``replica_bytes`` came in all. ``declined``: 1 where nothing paid. ``told_s``: to tell and hear counts
+    and, behind the router, to get replicas. ``counts_s``: what of waiting would not be without balancing: messages beyond the
+    one that there is anyway, replicas that are waited for. ``balance_s``: predicting, planning and dividing on the computing
+    thread (planning while rows travel); ``aux_s``: processor time of the auxiliary thread.
     """
 
     home_pairs: float = 0.0

@@ -12,10 +12,13 @@ import numpy as np
 from poise.plan.balance import BalancePlan, Balancer
 from poise.plan.balance_assignment import Dispatch, dispatch_of, tokens_to
 from poise.plan.expert_loads import Floats, Ints
+from poise.plan.layer_state import CostTable
 from poise.plan.observed_costs import ObservedCost, rank_costs
 from poise.plan.rank_costs import RankCosts
 
 NO_REPLICAS = np.empty((0, 3), dtype=np.int64)
+PAIR_OCTAVES = 4
+"""Passes of up to 2 ** 4, 2 ** 8, ... pairs have cost tables of their own, as a table reaches over fourteen octaves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,19 +49,22 @@ class StepPlanner:
         self._rows_L = list(np.asarray(slot_to_expert_LS, dtype=np.int64))
         self._share_LER = [self._shares(row_S) for row_S in self._rows_L]
         self._costs = costs
-        self._balancer_of: dict[int, Balancer] = {}
-        self._most_pairs = 1
+        self._balancer_of: dict[tuple[int, int], Balancer] = {}
+        """By layer and by about how many pairs there are, as a power of two."""
+        self._table_of: dict[int, CostTable] = {}
 
     def set_costs(self, costs: RankCosts | None) -> None:
         """From now on."""
         self._costs = costs
         self._balancer_of.clear()
+        self._table_of.clear()
 
     def set_homes(self, layer: int, slot_to_expert_S: Ints) -> None:
         """A layer's experts have moved."""
         self._rows_L[layer] = np.asarray(slot_to_expert_S, dtype=np.int64)
         self._share_LER[layer] = self._shares(self._rows_L[layer])
-        self._balancer_of.pop(layer, None)
+        for key in [key for key in self._balancer_of if key[0] == layer]:
+            del self._balancer_of[key]
 
     def home_pairs_R(self, layer: int, counts_RE: Ints) -> Floats:
         """What each rank would compute with its experts at home alone, evenly where an expert has several."""
@@ -89,13 +95,15 @@ class StepPlanner:
                 best, best_s = plan, plan.predicted_s + wait_s
         return best
 
-    def dispatch(self, layer: int, counts_RE: Ints, came_N3: Ints, rank: int) -> tuple[Dispatch, Ints] | None:
+    def dispatch(
+        self, layer: int, counts_RE: Ints, came_N3: Ints, in_frac_R: Floats, out_frac_R: Floats, *, rank: int
+    ) -> tuple[Dispatch, Ints] | None:
         """Where a rank's true tokens go, given the replicas that have come, and how many (token, expert) pairs come to it from
         each rank; None: to the homes, where no expert has another copy, or while costs are not known."""
         balancer = self._balancer(layer, counts_RE) if len(came_N3) or self.has_choice(layer) else None
         if balancer is None:
             return None
-        assignment = balancer.divide(counts_RE, came_N3).assignment
+        assignment = balancer.divide(counts_RE, came_N3, in_frac_R=in_frac_R, out_frac_R=out_frac_R).assignment
         return dispatch_of(assignment, counts_RE, rank), tokens_to(assignment, counts_RE, rank)
 
     def has_choice(self, layer: int) -> bool:
@@ -110,30 +118,30 @@ class StepPlanner:
         even_R = np.ones(ranks)
         plan = self.plan(0, counts_RE, even_R, even_R, even_R)
         assert plan is not None, "costs are known"
-        self.dispatch(0, counts_RE, plan.replica_N3, 0)
+        self.dispatch(0, counts_RE, plan.replica_N3, even_R, even_R, rank=0)
         dispatch_of(plan.assignment, counts_RE, 0)
         self.set_costs(costs)
 
     def _balancer(self, layer: int, counts_RE: Ints) -> Balancer | None:
         if self._costs is None:
             return None
-        pairs = int(counts_RE.sum())
-        if pairs > self._most_pairs:
-            self._most_pairs = 1 << (pairs - 1).bit_length()
-            self._balancer_of.clear()
-        if layer not in self._balancer_of:
-            self._balancer_of[layer] = Balancer(
+        octave = PAIR_OCTAVES * -(-max(1, int(counts_RE.sum()) - 1).bit_length() // PAIR_OCTAVES)
+        key = layer, octave
+        if key not in self._balancer_of:
+            self._balancer_of[key] = Balancer(
                 self._costs,
                 self._rows_L[layer],
                 num_experts=self._num_experts,
                 link_bytes_per_s_R=self._links.bytes_per_s_R,
                 token_bytes=self._links.token_bytes,
                 expert_bytes=self._links.expert_bytes,
-                most_tokens=self._most_pairs,
+                most_tokens=2**octave,
                 replica_slots=self._replica_slots,
                 most_work=self._most_work,
+                table=self._table_of.get(octave),
             )
-        return self._balancer_of[layer]
+            self._table_of[octave] = self._balancer_of[key].table
+        return self._balancer_of[key]
 
     def _shares(self, row_S: Ints) -> Floats:
         """Of each expert on each rank; a rank that has it twice has it once."""

@@ -34,6 +34,7 @@ from poise.plan.balance_trials import take_born
 from poise.plan.compiled import compiled
 from poise.plan.cost_table import cost_table
 from poise.plan.expert_loads import Floats, Ints
+from poise.plan.layer_state import CostTable
 from poise.plan.rank_costs import RankCosts
 
 Strategy = Literal["quota", "greedy"]
@@ -91,7 +92,8 @@ class Balancer:
 
     ``slot_to_expert_S``: experts at home; rank r owns the slots r * S / R to (r + 1) * S / R - 1. ``link_bytes_per_s_R``: of
     each rank's link, each way. ``token_bytes``: of a token that travels, ``expert_bytes``: of one expert's weights.
-    ``most_tokens``: about the most assignments on one rank, for the cost table. ``most_work``: see ``MOST_WORK``.
+    ``most_tokens``: about the most assignments on one rank, for the cost table. ``most_work``: see ``MOST_WORK``. ``table``:
+    that of another ``Balancer`` with the same costs, tokens and numbers of slots, which need not be made again.
     Raises PlacementError.
     """
 
@@ -108,6 +110,7 @@ class Balancer:
         replica_slots: int = 3,
         strategy: Strategy = "quota",
         most_work: int = MOST_WORK,
+        table: CostTable | None = None,
     ) -> None:
         slots_S = np.ascontiguousarray(slot_to_expert_S, dtype=np.int64)
         ranks = costs.num_ranks
@@ -128,7 +131,7 @@ class Balancer:
         most_active = len(slots_S) // ranks + replica_slots
         self._group = Group(
             slot_to_expert_S=slots_S,
-            table=cost_table(costs, max_tokens=most_tokens, max_active=most_active),
+            table=table or cost_table(costs, max_tokens=most_tokens, max_active=most_active),
             token_s_R=2.0 * token_bytes / links_R,
             expert_s_R=expert_bytes / links_R,
             replica_slots=replica_slots,
@@ -138,6 +141,11 @@ class Balancer:
         self._strategy = strategy
         self._all_R = np.ones(ranks)
         self.planned = self.declined = 0
+
+    @property
+    def table(self) -> CostTable:
+        """The cost table."""
+        return self._group.table
 
     def choose_replicas(
         self,

@@ -34,8 +34,8 @@ class RankLimits:
 class ClusterLayout:
     """``link_bytes_per_s``: of every rank's link, each way; None: the ranks talk over loopback, unlimited.
 
-    ``copy_engines``: the threads that move replicas do not count in the ranks' shares, as a GPU's copy engine does not keep it
-    from computing.
+    ``copy_engines``: the threads that move experts (replicas, or what EPLB and ViBE rearrange) do not count in the ranks'
+    shares, as a GPU's copy engine does not keep it from computing.
     """
 
     name: str

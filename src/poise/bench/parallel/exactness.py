@@ -22,6 +22,8 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
         "balance": "vibe",
         "policy": {"interval": 1, "least_gain_frac": -1.0, "payback_steps": 1_000_000},
     },
+    "probe": {"balance": "probe"},
+    "probe+vibe": {"balance": "probe+vibe", "policy": {"interval": 8}},
 }
 """What of a job."""
 PROMPTS = 12
@@ -29,7 +31,7 @@ NEW_TOKENS = 40
 
 
 def measure(cases: Sequence[Case], directory: Path) -> dict[str, Any]:
-    """For each model: tokens compared, tokens that differ, moves on the way."""
+    """For each model: tokens compared, tokens that differ, moves and replicas on the way."""
     jobs = {case.name: _job(case, directory) for case in cases}
     with Session(one_rank()) as session:
         wanted = {name: session.run({**job, "balance": "reference"}).facts["tokens"] for name, job in jobs.items()}
@@ -61,4 +63,5 @@ def _compared(facts: dict[str, Any], wanted: list[list[int]]) -> dict[str, Any]:
         "tokens": len(pairs),
         "different": sum(one != other for one, other in pairs),
         "moves": sum(each["moved_experts"] for each in facts["history"]),
+        "replicas": 0 if facts["balanced"] is None else round(facts["balanced"]["replicas_used"]),
     }

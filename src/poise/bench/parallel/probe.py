@@ -1,8 +1,8 @@
 """`poise bench parallel --suite probe`: balancing each step beside EPLB, ViBE and nothing, on real ranks of a cluster in a box.
 
 What is real and what is simulated is as in ``bench.parallel.run``. Here replicas' bytes go over sockets, too, and the kernel
-limits links where a part says so. Where ranks have shares of a processor, the threads that move replicas run beside them, as
-copy engines do (part ``no-engines``: within). Needs root; a part without its limits fails and says so.
+limits links where a part says so. Where ranks have shares of a processor, the threads that move experts, of all contenders, run
+beside them, as copy engines do (part ``no-engines``: within). Needs root; a part without its limits fails and says so.
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ class _Suite:
             "switch": lambda: self._switch(widened),
             "decode": lambda: self._decode(widened, ["code"], self._all(widened), WARM_UP),
             "decode-switch": lambda: self._decode(widened, ["prose", "code"], self._all(widened, movers=ONCE), SETTLED),
-            "unequal": lambda: self._prefill(
-                widened, unequal, _rows(widened, "code"), STATIC | MOVERS | PROBE | PROBE_VIBE
-            ),
+            "unequal": lambda: self._prefill(widened, unequal, _rows(widened, "code"), self._all(widened) | PROBE_VIBE),
             "ways": lambda: self._ways(widened),
             "slots": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | SLOTS),
             "no-engines": lambda: self._prefill(widened, equal_ranks(), _rows(widened, "code"), STATIC | PROBE),

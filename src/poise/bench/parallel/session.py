@@ -115,7 +115,9 @@ class Session:
         self._await(loaded)
         self._limited()
         if self.layout.copy_engines:
-            self._let_out([json.loads(file.read_text()).get("copies") for file in loaded])
+            for rank, file in enumerate(loaded):
+                for thread in json.loads(file.read_text())["copies"]:
+                    self._cluster.let_out(rank, thread)
         self._put("go", {})
         done = [self._file(f"done-{rank}") for rank in ranks]
         self._await(done, None if on_wait is None else lambda: on_wait(self._passes(), self._cluster.set_cores))
@@ -138,11 +140,6 @@ class Session:
         for rank, limits in enumerate(self.layout.ranks):
             if limits.cores is not None:
                 self._cluster.set_cores(rank, limits.cores)
-
-    def _let_out(self, thread_R: list[int | None]) -> None:
-        for rank, thread in enumerate(thread_R):
-            if thread is not None:
-                self._cluster.let_out(rank, thread)
 
     def _file(self, name: str, kind: str = "json") -> Path:
         return self._directory / f"{name}-{self._jobs}.{kind}"

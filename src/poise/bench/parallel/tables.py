@@ -17,10 +17,20 @@ def tables(parts: Mapping[str, Facts]) -> list[Table]:
 
 def _exact(facts: Facts) -> Table:
     table = _table(
-        "greedy tokens against one process, fp32", "model", "ranks", "policy", "tokens", "different", "moves"
+        "greedy tokens against one process, fp32",
+        "model",
+        "ranks",
+        "policy",
+        "tokens",
+        "different",
+        "moves",
+        "replicas",
     )
     for row in facts["rows"]:
-        table.add_row(*(str(row[name]) for name in ("model", "ranks", "policy", "tokens", "different", "moves")))
+        table.add_row(
+            *(str(row[name]) for name in ("model", "ranks", "policy", "tokens", "different", "moves")),
+            str(row.get("replicas", "")),
+        )
     return table
 
 

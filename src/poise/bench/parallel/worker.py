@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -33,6 +34,7 @@ from poise.spec.placement import Placement
 from poise.spec.whole_file import write_whole
 
 _POLL_S = 0.01
+COPY_THREADS = ("poise-replicas", "poise-migration")
 PATHS = ("lookahead", "replay")
 
 
@@ -67,8 +69,7 @@ class _Rank:
         with self._open() as llm:
             if job.get("keeps_records"):
                 self._listen(llm)
-            balance = llm.runner.layers.balance
-            self._loaded(copies=None if balance is None else balance.track.thread_id)
+            self._loaded(copies=[one.native_id for one in threading.enumerate() if one.name.startswith(COPY_THREADS)])
             if self._launch.rank > 0:
                 llm.follow()
             else:
@@ -134,9 +135,9 @@ class _Rank:
         file = self._directory / f"records-{self._launch.rank}-{self._number}.npz"
         np.savez(file, records=records_PLN, load=np.array(self._load))
 
-    def _loaded(self, copies: int | None = None) -> None:
-        """Waits until all ranks have loaded, and limits are as the layout says. ``copies``: the thread that moves replicas."""
-        told = json.dumps({"copies": copies})
+    def _loaded(self, copies: Sequence[int | None] = ()) -> None:
+        """Waits until all ranks have loaded, and limits are as the layout says. ``copies``: the threads that move experts."""
+        told = json.dumps({"copies": list(copies)})
         write_whole(self._directory / f"loaded-{self._launch.rank}-{self._number}.json", told)
         _await(self._directory / f"go-{self._number}.json")
 
