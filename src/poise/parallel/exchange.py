@@ -1,8 +1,8 @@
 """Tokens to the ranks that have their experts, and the experts' outputs back: one all-to-all there, one back.
 
 A message is a row of bytes: hidden state, the experts wanted of the receiver, their routing weights. How many rows come is
-told first, with what ranks must agree on at each layer: where they are, and that nobody gives up. Letters as in
-``parallel.routes``; H hidden, M rows received.
+told first, with what ranks must agree on at each layer: where they are, and that nobody gives up; but not where all know
+it, or a bound of it, from what they told before (``Coming``). Letters as in ``parallel.routes``; H hidden, M rows received.
 """
 
 from __future__ import annotations
