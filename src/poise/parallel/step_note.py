@@ -13,7 +13,7 @@ class StepNote:
     tokens, of which ``guessed_wrong`` were predicted for other experts. ``replicas_planned`` for it, of which ``replicas_used``
     came in time; ``replica_bytes`` came in all. ``declined``: 1 where nothing paid. ``told_s``: to tell and hear counts;
     ``counts_s``: the same where that is one message more than without. ``balance_s``: predicting, planning and dividing on the
-    computing thread; ``aux_s``: processor time of the auxiliary thread.
+    computing thread; ``aux_s``: processor time of the auxiliary thread. ``rested``: 1 where balancing rested.
     """
 
     home_pairs: float = 0.0
@@ -27,6 +27,7 @@ class StepNote:
     balance_s: float = 0.0
     aux_s: float = 0.0
     told_s: float = 0.0
+    rested: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
