@@ -40,7 +40,7 @@ def generate(launch: Launch, path: Path, prompts: list[list[int]], directory: Pa
 
     if launch.rank == 1:
         ReplicaTrack._answer = meddle  # type: ignore[method-assign]
-    steps: dict[str, Any] = {"balance": "probe", "steps": StepOptions(predictor="last")}
+    steps: dict[str, Any] = {"balance": "probe", "steps": StepOptions(predictor="last", rests=False)}
     with ParallelLLM(path, launch, memory="2GiB", patience=QUICK, groups=[(2, 1)], **steps) as llm:
         dawdle_in(llm.runner.model)
         if launch.rank > 0:

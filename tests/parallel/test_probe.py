@@ -25,7 +25,7 @@ from tests.ranks import start_ranks
 TOKENS = 16
 
 
-def dawdle_in(model: Any, token_s: float) -> None:
+def dawdle_in(model: Any, token_s: float = 3e-3) -> None:
     """Replicas come only where tokens take long: else they do not pay, or have no time to come."""
 
     def dawdle(module: Any, rows: tuple[torch.Tensor, ...]) -> None:
@@ -77,10 +77,10 @@ def generate(
 @pytest.mark.parametrize(
     ("ranks", "steps", "policy"),
     [
-        (2, StepOptions(predictor="last"), None),
-        (4, StepOptions(predictor="gate"), None),
-        (4, StepOptions(predictor="none"), None),
-        (4, StepOptions(predictor="last", suspends=False, chunk_bytes=1000), Rotate()),
+        (2, StepOptions(predictor="last", rests=False), None),
+        (4, StepOptions(predictor="gate", rests=False), None),
+        (4, StepOptions(predictor="none", rests=False), None),
+        (4, StepOptions(predictor="last", suspends=False, chunk_bytes=1000, rests=False), Rotate()),
     ],
 )
 def test_greedy_tokens_are_those_of_each_prompt_alone_while_replicas_come(
@@ -115,9 +115,21 @@ def test_on_unequal_ranks_experts_move_away_from_the_slow_one_while_replicas_com
     """PROBE in front, ViBE behind, and the tokens of plain transformers."""
     path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 9, 3, 7, 4, 6, 8, 5))
     eager = Vibe(interval=2, least_gain_frac=-1.0, payback_steps=1_000_000)
-    given = (StepOptions(), eager, (1e-3, 1e-3, 8e-3, 1e-3), 40)
+    given = (StepOptions(rests=False), eager, (1e-3, 1e-3, 8e-3, 1e-3), 40)
     results = start_ranks(generate, 4, tmp_path, path, prompts, *given).results(within_s=120)
     assert results[0]["tokens"] == [expected(reference(path), prompt, 40) for prompt in prompts]
     assert results[0]["name"] == "probe+vibe"
     assert results[0]["moved"] > 0
     assert sum(record.note.replicas_used for result in results for record in result["records"]) > 0
+
+
+def test_where_it_does_not_pay_balancing_rests_and_tokens_stay_the_same(
+    checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
+) -> None:
+    """Experts of microseconds: nothing is worth a prediction."""
+    path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 9, 3))
+    results = start_ranks(generate, 2, tmp_path, path, prompts, StepOptions(), None, (0.0,), 40).results(within_s=120)
+    assert results[0]["tokens"] == [expected(reference(path), prompt, 40) for prompt in prompts]
+    rested_R = [[record.note.rested for record in result["records"]] for result in results]
+    assert rested_R[0] == rested_R[1], "on all ranks alike"
+    assert 20 < sum(rested_R[0]) < len(rested_R[0]) == 2 * 40

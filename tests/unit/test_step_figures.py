@@ -11,7 +11,7 @@ from poise.report.step_figures import StepFigures, step_figures_of
 def layer_of(**values: list[list[list[float]]]) -> dict[str, np.ndarray]:
     """Two ranks, one pass, two layers; zero unless given."""
     names = ["routed_tokens", "home_pairs", "own_pairs", "guessed_wrong", "replicas_planned", "replicas_used"]
-    names += ["replica_bytes", "declined", "counts_s", "balance_s", "aux_s"]
+    names += ["replica_bytes", "declined", "counts_s", "balance_s", "aux_s", "rested"]
     return {name: np.array(values.get(name, np.zeros((2, 1, 2))), dtype=float) for name in names}
 
 
@@ -52,3 +52,11 @@ def test_figures_of_passes_one_after_the_other() -> None:
     assert both.passes == 3
     assert both.pass_s_P.tolist() == [1, 1, 2]
     assert both.home_imbalance_L.tolist() == pytest.approx([(1.5 + 1.5 + 1) / 3, 1])
+
+
+def test_passes_in_which_balancing_rested_are_counted() -> None:
+    rested = step_figures_of(layer_of(rested=[[[1, 1]], [[1, 1]]]), np.ones((2, 1)))
+    both = StepFigures.joined([rested, step_figures_of(layer_of(), np.ones((2, 1)))])
+    assert both.to_json()["rested_passes"] == 1
+    assert both.lines("nobody")[2].endswith("in 0 of 2 layers none paid")
+    assert both.lines("nobody")[3].endswith("; it rested in 1 of 2 passes, where it costs more than it brings")

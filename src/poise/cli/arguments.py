@@ -106,10 +106,10 @@ ExpertParallel = Annotated[
 Balance = Annotated[
     str,
     typer.Option(
-        metavar="auto|static|eplb|vibe|probe|probe+vibe",
-        help="With --expert-parallel, where experts lie: where they are at first (static), so that ranks get like numbers of "
-        "tokens (eplb), or so that ranks end together, slow ones and fast ones (vibe); or there, with copies for each step "
-        "where they are predicted to be wanted (probe), or both (probe+vibe). auto: probe on several ranks, if they are CPUs.",
+        metavar="NAME",
+        help="With --expert-parallel, what keeps ranks even. static: experts stay in place; eplb: they move so that ranks "
+        "get like numbers of tokens; vibe: so that slow and fast ranks end together; probe: copies of hot experts come for "
+        "each step, as predicted; probe+vibe: both; auto: probe on several ranks of CPUs, else static.",
     ),
 ]
 LookaheadFile = Annotated[

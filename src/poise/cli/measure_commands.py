@@ -108,7 +108,9 @@ def distill(
             metavar="FILE", help="Text to learn from, a document a line, as `poise generate --prompts` reads it."
         ),
     ],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="Write the predictors to this file (safetensors).")],
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Write the predictors to this file, for `poise generate --lookahead`.")
+    ],
     width: Annotated[int | None, typer.Option(metavar="N", help="Of each layer's residual; else 128.")] = None,
     epochs: Annotated[int, typer.Option(metavar="N", help="How often the text is learnt from.")] = 1,
     control: Annotated[

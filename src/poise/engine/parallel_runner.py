@@ -113,7 +113,7 @@ class ParallelRunner:
         assert group, "a rank without work joins"
         tokens = [inputs.arguments["input_ids"].numel() for inputs in group]
         first = split(tokens) if len(tokens) > 1 else 0
-        agreement = self._agree(has_work=True, half_tokens=min(sum(tokens[:first]), sum(tokens[first:])))
+        agreement = self._agree(tokens=sum(tokens), half_tokens=min(sum(tokens[:first]), sum(tokens[first:])))
         began_s = perf_counter()
         with torch.inference_mode():
             forwards = [Forward(self._forward(inputs)) for inputs in group]
@@ -135,7 +135,7 @@ class ParallelRunner:
 
     def join(self) -> None:
         """Takes part in the others' passes, without tokens, until no rank has work."""
-        while (agreement := self._agree(has_work=False, half_tokens=0)).anyone_works:
+        while (agreement := self._agree(tokens=0, half_tokens=0)).anyone_works:
             began_s = perf_counter()
             with torch.inference_mode():
                 if agreement.in_halves:
@@ -144,34 +144,44 @@ class ParallelRunner:
                     self._lockstep([], [])
             self._count(began_s)
 
-    def _agree(self, *, has_work: bool, half_tokens: int) -> Agreement:
-        """Tells the others how this rank stands, hears how they stand, and puts what has arrived everywhere into force."""
+    def _agree(self, *, tokens: int, half_tokens: int) -> Agreement:
+        """Tells the others how this rank stands, hears how they stand, and puts what has arrived everywhere into force.
+
+        ``tokens``: that this rank is to run; 0: it has no work.
+        """
         began_ns = perf_counter_ns()
-        told = torch.tensor([has_work, self._migration.arrived, half_tokens, *self._tell()], device=self._group.device)
+        balance = self.layers.balance
+        of_steps = (0, 0) if balance is None else balance.told()
+        own = [self._migration.arrived, tokens, half_tokens, *of_steps, *self._tell()]
+        told = torch.tensor(own, device=self._group.device)
         heard = self._group.all_gather(told).tolist()
         self._agreed_s = (perf_counter_ns() - began_ns) / 1e9
         if self.timeline is not None:
             self.timeline.add(COMPUTE, "wait: agreement", began_ns)
-        changes = self._migration.switch(min(arrived for _, arrived, *_ in heard))
-        placement, balance = self._migration.placement, self.layers.balance
+        arrived_R, tokens_R, half_R, *_ = zip(*heard, strict=True)
+        changes = self._migration.switch(min(arrived_R))
+        placement = self._migration.placement
         for change in changes:
             self.layers.copies_L[change.layer] = Copies.of(
                 change.slot_to_expert_S, num_experts=placement.num_experts, num_ranks=placement.ranks
             ).to(self._group.device)
         if balance is not None:
-            balance.begin_pass(placement.slot_to_expert_LS.astype(np.int64), [change.layer for change in changes])
-        has_work_R = tuple(bool(works) for works, *_ in heard)
+            slot_to_expert_LS, changed = placement.slot_to_expert_LS.astype(np.int64), [each.layer for each in changes]
+            told_R = [(saved, spent) for _, _, _, saved, spent, *_ in heard]
+            balance.begin_pass(slot_to_expert_LS, changed, tokens=sum(tokens_R), told_R=told_R)
+        self.layers.begin_pass()
+        has_work_R = tuple(count > 0 for count in tokens_R)
         agreement = Agreement(
             has_work_R=has_work_R,
-            in_halves=balance is None  # a layer's replicas are for all of its tokens
+            in_halves=not self.layers.is_balanced  # a layer's replicas are for all of its tokens
             and is_worth_it(
-                [tokens for _, _, tokens, *_ in heard],
+                half_R,
                 has_work_R,
                 top_k=self._top_k,
                 num_experts=placement.num_experts,
                 min_rows=self.min_half_rows,
             ),
-            told_RN=tuple(tuple(own) for _, _, _, *own in heard),
+            told_RN=tuple(tuple(own) for _, _, _, _, _, *own in heard),
         )
         if self._on_agreement is not None:
             self._on_agreement(agreement)

@@ -26,6 +26,7 @@ from poise.parallel.step_options import StepOptions
 from poise.parallel.step_planner import Links, StepPlanner
 from poise.parallel.step_windows import Windows
 from poise.plan.rank_costs import RankCosts
+from poise.plan.step_rest import RestRule, StepRest
 from poise.units import KIB, MIB
 
 CHUNK_S = 2e-3
@@ -78,6 +79,7 @@ def stepwise(
         forecast,
         num_layers=layers,
         num_experts=num_experts,
+        rest=StepRest(RestRule()) if options.rests and options.predictor != "replayed" else None,
     )
 
 

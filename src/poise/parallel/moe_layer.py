@@ -94,7 +94,9 @@ class ExpertParallelLayers:
         self._modules_L = modules_L
         self.experts = experts
         self._exchange = exchange
+        self._whole_balance: StepBalance | None = None
         self._balance: StepBalance | None = None
+        """Of the pass at hand: None where it rests."""
         self.copies_L = list(copies_L)
         self._rank = rank
         self.records: list[LayerRecord] | None = None
@@ -109,11 +111,22 @@ class ExpertParallelLayers:
     @property
     def balance(self) -> StepBalance | None:
         """Balances each step, where that is wanted."""
-        return self._balance
+        return self._whole_balance
 
     @balance.setter
     def balance(self, balance: StepBalance | None) -> None:
-        self._balance = self._exchange.aside = balance
+        self._whole_balance = balance
+        self.begin_pass()
+
+    def begin_pass(self) -> None:
+        """On all ranks alike, once ``balance`` has begun it."""
+        balance = self._whole_balance
+        self._balance = self._exchange.aside = None if balance is None or balance.rests else balance
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether the pass at hand is."""
+        return self._balance is not None
 
     def run(self, parked: Sequence[Parked], real: Sequence[torch.Tensor | None], *, layer: int) -> list[torch.Tensor]:
         """The experts' outputs for every parked batch, shapes as their hidden states; none for no batch.
@@ -186,7 +199,7 @@ class ExpertParallelLayers:
         return list(torch.split(output_TH, list(turn.tokens))) if turn.tokens else []
 
     def _tell(self, turn: Turn, received: Received, computed: Computed, *, combine_s: float) -> None:
-        note = StepNote(home_pairs=computed.routed_tokens)
+        note = StepNote(home_pairs=computed.routed_tokens, rested=1)
         if self._balance is not None:
             note = self._balance.note
             note.counts_s += received.waited_s

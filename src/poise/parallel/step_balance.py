@@ -11,7 +11,7 @@ Source: PROBE (arXiv 2602.00509), section 5.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -33,6 +33,7 @@ from poise.parallel.step_windows import Windows
 from poise.plan.balance import BalancePlan
 from poise.plan.compiled import arithmetic
 from poise.plan.rank_costs import Floats
+from poise.plan.step_rest import StepRest
 from poise.spec.timeline import COMPUTE, EXCHANGE, Span, Timeline
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ LEAST_WAIT_S, EXPOSED_WAIT = 0.05, 4.0
 
 
 class StepBalance:
-    """Of one rank. ``forecast``: None plans behind the router, and waits for the replicas."""
+    """Of one rank. ``forecast``: None plans behind the router, and waits for the replicas. ``rest``: None: it never rests."""
 
     def __init__(
         self,
@@ -56,7 +57,13 @@ class StepBalance:
         *,
         num_layers: int,
         num_experts: int,
+        rest: StepRest | None = None,
     ) -> None:
+        self._rest = rest
+        self.rests = False
+        """Whether the pass at hand runs as without balancing."""
+        self._saved_s = self._spent_s = 0.0
+        """In it so far."""
         self._group, self._rank = group, group.rank
         self._planner, self.track, self._slots = planner, track, slots
         self._costs, self._windows, self._forecast = costs, windows, forecast
@@ -101,8 +108,32 @@ class StepBalance:
             self._planner.rehearse()
         self._group.meet("ready to balance")
 
-    def begin_pass(self, slot_to_expert_LS: Ints, changed: Collection[int]) -> None:
-        """All ranks at once, before a pass. ``changed``: layers of which experts have moved."""
+    def told(self) -> tuple[int, int]:
+        """What balancing the last pass saved (below 0: not known) and took on this rank, in microseconds."""
+        saved_us = round(1e6 * self._saved_s) if self._planner.knows_costs else -1
+        return saved_us, round(1e6 * self._spent_s)
+
+    def begin_pass(
+        self,
+        slot_to_expert_LS: Ints,
+        changed: Collection[int],
+        *,
+        tokens: int,
+        told_R: Sequence[tuple[int, int]],
+    ) -> None:
+        """All ranks at once, before a pass over so many ``tokens``. ``changed``: layers of which experts have moved.
+
+        ``told_R``: what each rank ``told``.
+        """
+        self._saved_s = self._spent_s = 0.0
+        if self._rest is not None:
+            saved_us, spent_us = np.mean(told_R, axis=0)
+            self._rest.saw(None if saved_us < 0 else saved_us / 1e6, spent_us / 1e6)
+            rested, self.rests = self.rests, not self._rest.begin(tokens)
+            if self.rests and not rested:
+                self._windows.close()
+                self._guess_E, self._plan = None, None
+                self.track.end_fetch()
         if self._costs.begin_pass():
             self._planner.set_costs(self._costs.costs)
         for layer in changed:
@@ -149,7 +180,8 @@ class StepBalance:
             if not news.of("pays").any():
                 coming = Coming(rows_R=tuple(news.rows_RR[:, self._rank].tolist()))
         else:
-            dispatch, pairs_R = divided
+            dispatch, pairs_R, gain_s = divided
+            self._saved_s += gain_s
             routes = route_by(choice_TK, dispatch, num_ranks=self._group.num_ranks)
             if news.is_same("arithmetic"):
                 most_R = np.minimum(pairs_R, news.of("tokens"))
@@ -159,6 +191,7 @@ class StepBalance:
         note.balance_s = ended_s - began_s - note.told_s - waited_s
         note.told_s += waited_s
         note.counts_s = waited_s
+        self._spent_s += note.balance_s + waited_s
         self._show(layer, began_s, asked_s, heard_s, ended_s)
         return routes, coming
 
@@ -176,7 +209,9 @@ class StepBalance:
         if self._forecast is not None:
             plan = self._planner.plan(following, news.predicted_RE, window_s_R, *_fracs(news))
             self._plan = self._begin(plan, following)
-        self.note.balance_s += perf_counter() - began_s
+        took_s = perf_counter() - began_s
+        self.note.balance_s += took_s
+        self._spent_s += took_s
 
     def rows_came(self) -> None:
         """The link is free while experts compute."""

@@ -20,6 +20,7 @@ class StepOptions:
 
     ``replica_slots``: on each rank, twice. ``suspends``: no chunk is asked for while tokens travel. ``chunk_bytes``: of a
     replica at a time; None: what a link carries in ``engine.stepwise.CHUNK_S``. ``most_work``: as the planner has it.
+    ``rests``: passes run as without balancing while that costs more than it brings (``plan.step_rest``).
     """
 
     predictor: str = "gate"
@@ -29,6 +30,7 @@ class StepOptions:
     suspends: bool = True
     chunk_bytes: int | None = None
     most_work: int = MOST_WORK
+    rests: bool = True
 
     def __post_init__(self) -> None:
         if self.predictor not in PREDICTORS:

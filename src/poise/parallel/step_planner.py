@@ -53,6 +53,11 @@ class StepPlanner:
         """By layer and by about how many pairs there are, as a power of two."""
         self._table_of: dict[int, CostTable] = {}
 
+    @property
+    def knows_costs(self) -> bool:
+        """Whether anything can be planned."""
+        return self._costs is not None
+
     def set_costs(self, costs: RankCosts | None) -> None:
         """From now on."""
         self._costs = costs
@@ -97,14 +102,16 @@ class StepPlanner:
 
     def dispatch(
         self, layer: int, counts_RE: Ints, came_N3: Ints, in_frac_R: Floats, out_frac_R: Floats, *, rank: int
-    ) -> tuple[Dispatch, Ints] | None:
-        """Where a rank's true tokens go, given the replicas that have come, and how many (token, expert) pairs come to it from
-        each rank; None: to the homes, where no expert has another copy, or while costs are not known."""
+    ) -> tuple[Dispatch, Ints, float] | None:
+        """Where a rank's true tokens go, given the replicas that have come, how many (token, expert) pairs come to it from each
+        rank, and how much sooner the slowest rank ends for it; None: to the homes, where no expert has another copy, or while
+        costs are not known."""
         balancer = self._balancer(layer, counts_RE) if len(came_N3) or self.has_choice(layer) else None
         if balancer is None:
             return None
-        assignment = balancer.divide(counts_RE, came_N3, in_frac_R=in_frac_R, out_frac_R=out_frac_R).assignment
-        return dispatch_of(assignment, counts_RE, rank), tokens_to(assignment, counts_RE, rank)
+        plan = balancer.divide(counts_RE, came_N3, in_frac_R=in_frac_R, out_frac_R=out_frac_R)
+        gain_s = plan.unbalanced_s - plan.predicted_s
+        return dispatch_of(plan.assignment, counts_RE, rank), tokens_to(plan.assignment, counts_RE, rank), gain_s
 
     def has_choice(self, layer: int) -> bool:
         """Whether tokens have a choice between homes."""

@@ -22,7 +22,8 @@ class StepFigures(OfPasses):
     ``own_pairs``, of which ``guessed_wrong`` were predicted for other experts. ``replicas_planned``, ``replicas_used``: those
     between came too late, or not at all. ``replica_bytes``: of all that came. ``declined``: layers in which nothing paid.
     ``exposed_s``: predicting, planning, dividing, and the message of counts: what passes are longer for it, mean over ranks.
-    ``aux_s``: processor time of the auxiliary threads.
+    ``aux_s``: processor time of the auxiliary threads. ``rested``: layers in which nothing was predicted or planned, as that
+    would have cost more than it brings.
     """
 
     home_imbalance_P: Floats
@@ -35,6 +36,7 @@ class StepFigures(OfPasses):
     declined_P: Floats
     exposed_s_P: Floats
     aux_s_P: Floats
+    rested_P: Floats
     home_imbalance_L: Floats
     imbalance_L: Floats
     own_pairs_L: Floats
@@ -45,6 +47,7 @@ class StepFigures(OfPasses):
     declined_L: Floats
     exposed_s_L: Floats
     aux_s_L: Floats
+    rested_L: Floats
 
     def to_json(self) -> dict[str, Any]:
         """For machines: a summary, then by layer and by pass."""
@@ -57,6 +60,7 @@ class StepFigures(OfPasses):
             "replicas_used": float(self.replicas_used_P.sum()),
             "replica_bytes": float(self.replica_bytes_P.sum()),
             "declined": float(self.declined_P.sum()),
+            "rested_passes": int((self.rested_P > 0).sum()),
             "exposed_frac": _share(self.exposed_s_P, self.pass_s_P),
             "aux_s": float(self.aux_s_P.sum()),
             "layers": self.table("_L"),
@@ -66,7 +70,9 @@ class StepFigures(OfPasses):
     def lines(self, predictor: str) -> list[str]:
         """For people: how even the steps became, by whose predictions, with how many replicas, and for how much."""
         planned, used = self.replicas_planned_P.sum(), self.replicas_used_P.sum()
-        balanced = self.passes * len(self.home_imbalance_L)
+        rested = int((self.rested_P > 0).sum())
+        balanced = (self.passes - rested) * len(self.home_imbalance_L)
+        rests = f"; it rested in {rested} of {self.passes} passes, where it costs more than it brings" if rested else ""
         return [
             f"steps balanced: tokens, most of a rank over the mean, {self.home_imbalance_P.mean():.2f} with experts at home, "
             f"{self.imbalance_P.mean():.2f} with replicas",
@@ -75,7 +81,7 @@ class StepFigures(OfPasses):
             f"replicas: {used:.0f} used, {planned - used:.0f} late, {format_bytes(float(self.replica_bytes_P.sum()))} came; "
             f"in {self.declined_P.sum():.0f} of {balanced} layers none paid",
             f"cost of it: {_share(self.exposed_s_P, self.pass_s_P):.1%} of the passes, and "
-            f"{format_s(float(self.aux_s_P.sum()))} of processor time aside on all ranks",
+            f"{format_s(float(self.aux_s_P.sum()))} of processor time aside on all ranks{rests}",
         ]
 
 
@@ -85,7 +91,7 @@ def step_figures_of(layer: Mapping[str, Floats], pass_s_RP: Floats) -> StepFigur
         name: layer[name].sum(axis=0)
         for name in ("own_pairs", "guessed_wrong", "replicas_planned", "replicas_used", "replica_bytes", "aux_s")
     }
-    sums_PL["declined"] = layer["declined"].max(axis=0)
+    sums_PL |= {name: layer[name].max(axis=0) for name in ("declined", "rested")}
     sums_PL["exposed_s"] = layer["balance_s"].mean(axis=0) + layer["counts_s"].min(axis=0)
     home_PL, now_PL = over_mean(layer["home_pairs"]), over_mean(layer["routed_tokens"])
     return StepFigures(

@@ -3,8 +3,8 @@
 A job: ``model``, ``memory``, ``dtype``, ``balance`` (or ``reference``: one process, no ranks), ``groups`` ([[batch size,
 batches]]), ``prompts`` (JSON file of token ids, in the order of passes), ``new_tokens``; optional ``policy`` (fields other than
 as they are), ``placement`` (as its file has it), ``redundant_slots``, ``keeps_records`` (every layer of every pass, into a
-file), ``steps`` (as ``policy``, where each step is balanced), ``tells_passes`` (how many are done, in a file), ``has_figures``
-(False: no layer is taken down).
+file), ``steps`` (as ``policy``, where each step is balanced: every one, unless it ``rests``), ``tells_passes`` (how many are
+done, in a file), ``has_figures`` (False: no layer is taken down).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class _Rank:
         if steps is not None:
             given: dict[str, Any] = job.get("steps", {})
             given = {name: Path(value) if name in PATHS else value for name, value in given.items()}
-            steps = replace(steps, **given)
+            steps = replace(steps, **{"rests": False, **given})
         placement, groups = job.get("placement"), job.get("groups")
         llm = ParallelLLM(
             job["model"],
