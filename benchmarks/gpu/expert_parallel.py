@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="directory of the result file")
     parser.add_argument("--commit", help="that is measured, where this is no checkout")
+    parser.add_argument("--part", action="append", help="that alone is run, into a file of its name; may be repeated")
     parser.add_argument("--cap-s", type=float, default=12.0, help="for the curve of each shape")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
@@ -44,16 +45,19 @@ def main() -> None:
         "lookahead": lookahead_costs,
         "expert_curves": lambda: expert_curves(asked.cap_s),
     }
+    if unknown := set(asked.part or ()) - set(parts):
+        sys.exit(f"part {min(unknown)!r} is not known; choose among {', '.join(parts)}")
     results: dict[str, object] = {}
     with torch.inference_mode():
-        for name, part in parts.items():
-            results[name] = _run(name, part)
+        for name in asked.part or parts:
+            results[name] = _run(name, parts[name])
     facts = stamp()
     if facts.commit is None:
         facts = replace(facts, commit=asked.commit)
-    print(json.dumps(document(NAME, facts, results), indent=1))
+    name = "-".join([NAME, *(part.replace("_", "-") for part in asked.part or ())])
+    print(json.dumps(document(name, facts, results), indent=1))
     if asked.output is not None:
-        print(f"wrote {write_result(asked.output, NAME, facts, results, today=date.today())}", file=sys.stderr)
+        print(f"wrote {write_result(asked.output, name, facts, results, today=date.today())}", file=sys.stderr)
 
 
 def _run(name: str, part: Callable[[], object]) -> object:

@@ -17,7 +17,8 @@ from poise.parallel.launch import Launch
 from poise.parallel.moe_layer import LayerRecord
 from poise.parallel.watch import Patience
 
-PATIENT = Patience(start_s=120, behind_s=60)
+PATIENT = Patience(start_s=120, behind_s=60, silent_s=60)
+"""Whoever uses a GPU for the first time, beside others that do, may keep Python's lock for seconds."""
 Logits = dict[tuple[int, ...], torch.Tensor]
 """By token ids, of the last one."""
 

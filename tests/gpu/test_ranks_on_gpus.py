@@ -100,9 +100,9 @@ def test_replicas_come_to_gpus_while_tokens_are_generated(
     everyone = range(ranks)
     results = check(ranks, options, checkpoint("qwen3_moe"), draw_prompts(LENGTHS), tmp_path, everyone)
     records_R = [result["records"] for result in results]
-    assert sum(record.replicas_used for records in records_R for record in records) > 0, "no replica came"
+    assert sum(record.note.replicas_used for records in records_R for record in records) > 0, "no replica came"
     for layer in zip(*records_R, strict=True):
-        assert sum(record.routed_tokens for record in layer) == sum(record.own_pairs for record in layer)
+        assert sum(record.routed_tokens for record in layer) == sum(record.note.own_pairs for record in layer)
     if policy is not None:
         assert results[0]["moved"] > 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ def two_sides(*, through_host: bool = False, **options: bool) -> Iterator[tuple[
             sides[rank].asked.append((layer, expert))
             return None if expert == 99 else torch.frombuffer(content(rank, layer, expert), dtype=torch.uint8)
 
-        return Outlet(run_of, torch.device("cpu"), through_host=through_host).chunk
+        cpu = torch.device("cpu")
+        return Outlet(run_of, cpu, num_ranks=2, chunk_bytes=CHUNK, through_host=through_host).chunk
 
     for rank, sock in enumerate((first, second)):
         sides.append(Side(ReplicaTrack({1 - rank: sock}, serve_of(rank), chunk_bytes=CHUNK, **options)))
@@ -60,11 +62,32 @@ def wanted(expert: int, source: int = 1) -> Wanted:
     return Wanted(expert=expert, source=source, run=memoryview(bytearray(EXPERT_BYTES)))
 
 
-def landing_at(expert: int, source: int = 1) -> tuple[Wanted, torch.Tensor]:
+class LateLanding(Landing):
+    """Its copy ends a while after it was begun, as on a GPU that has other things to do."""
+
+    late_s = 0.1
+
+    def all_here(self) -> None:
+        self.begun_s = time.monotonic()
+        self._copying = threading.Timer(self.late_s, super().all_here)
+        self._copying.start()
+
+    def wait(self) -> None:
+        self._copying.join()
+
+
+class BrokenLanding(Landing):
+    """Its copy cannot begin."""
+
+    def all_here(self) -> None:
+        raise RuntimeError("there is no such slot")
+
+
+def landing_at(expert: int, kind: type[Landing] = Landing) -> tuple[Wanted, torch.Tensor]:
     """By way of other memory; the slot that it lands in."""
     host, slot = torch.zeros(2, EXPERT_BYTES, dtype=torch.uint8)
-    landing = Landing(host, slot, stream=None, behind=None)
-    return Wanted(expert=expert, source=source, run=host.numpy().data, landing=landing), slot
+    landing = kind(host, slot, stream=None, behind=None)
+    return Wanted(expert=expert, source=1, run=host.numpy().data, landing=landing), slot
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -101,15 +124,45 @@ def test_replicas_of_gpus_come_by_way_of_host_memory() -> None:
         assert second_slot.numpy().tobytes() == content(1, 2, 5)
 
 
-def test_a_replica_that_is_not_in_its_slot_yet_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Landing, "is_done", False)
-    with two_sides() as (here, there):
-        replica, _ = landing_at(3)
-        here.track.fetch(2, [replica])
-        until(lambda: len(there.asked) == 11 and here.track.waits_since_s is None)
+def test_the_next_replica_comes_while_the_last_is_still_copied_and_none_counts_before_it_is() -> None:
+    with two_sides(through_host=True) as (here, there):
+        replicas, slots = zip(*(landing_at(expert, LateLanding) for expert in (3, 5, 6)), strict=True)
+        here.track.fetch(2, replicas)
+        until(lambda: len(there.asked) == 33 and here.track.waits_since_s is None)
+        begun_s = [each.landing.begun_s for each in replicas]
+        assert begun_s[2] - begun_s[0] < LateLanding.late_s, "it waited for a copy"
         fetched = here.track.end_fetch()
-        assert fetched.nbytes == EXPERT_BYTES
-        assert fetched.arrived == (False,)
+        assert fetched.nbytes == 3 * EXPERT_BYTES
+        assert fetched.arrived[2] is False
+        for each in replicas:
+            each.landing.wait()
+        again = [landing_at(expert, LateLanding) for expert in (7, 8)]
+        here.track.fetch(3, [replica for replica, _ in again])
+        assert here.track.finish(within_s=10.0).arrived == (True, True), "whoever waits, waits for the copies"
+        for slot, expert in zip(slots, (3, 5, 6), strict=True):
+            assert slot.numpy().tobytes() == content(1, 2, expert)
+        for (_, slot), expert in zip(again, (7, 8), strict=True):
+            assert slot.numpy().tobytes() == content(1, 3, expert)
+
+
+def test_replicas_land_in_slots_that_were_made_in_inference_mode() -> None:
+    with two_sides() as (here, _):
+        with torch.inference_mode():
+            replica, slot = landing_at(3)
+        here.track.fetch(2, [replica])
+        assert here.track.finish(within_s=10.0).arrived == (True,)
+        assert slot.numpy().tobytes() == content(1, 2, 3)
+
+
+def test_what_breaks_the_track_is_heard_at_once_by_who_waits_for_it() -> None:
+    with two_sides() as (here, _):
+        replica, _ = landing_at(3, BrokenLanding)
+        here.track.fetch(2, [replica])
+        began_s = time.monotonic()
+        with pytest.raises(RuntimeError, match="there is no such slot"):
+            here.track.finish(within_s=60.0)
+        assert time.monotonic() - began_s < 30.0
+        here.track.error = None  # it was heard
 
 
 def test_what_comes_after_the_end_of_a_fetch_never_lands() -> None:

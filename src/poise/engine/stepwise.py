@@ -69,7 +69,7 @@ def stepwise(
         planner,
         ReplicaTrack(
             open_links(group),
-            Outlet(experts.bytes_at_home, group.device).chunk,
+            Outlet(experts.bytes_at_home, group.device, num_ranks=group.num_ranks, chunk_bytes=chunk_bytes).chunk,
             chunk_bytes=chunk_bytes,
             suspends=options.suspends,
         ),

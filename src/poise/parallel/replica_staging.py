@@ -32,8 +32,9 @@ class Landing:
         self._copied: torch.cuda.Event | None = None
         self._has_begun = False
 
+    @torch.inference_mode()
     def all_here(self) -> None:
-        """Begins the copy."""
+        """Begins the copy, whatever mode the slot's memory was made in."""
         if self._stream is None:
             self._slot.copy_(self._host)
         else:
@@ -58,25 +59,33 @@ class Landing:
 class Outlet:
     """Chunks of the experts at home, for the ranks that ask. On the track's thread only."""
 
-    def __init__(self, run_of: RunOf, device: torch.device, *, through_host: bool | None = None) -> None:
-        """``through_host``: whether they are copied; None: where they lie on a GPU."""
+    def __init__(
+        self,
+        run_of: RunOf,
+        device: torch.device,
+        *,
+        num_ranks: int,
+        chunk_bytes: int,
+        through_host: bool | None = None,
+    ) -> None:
+        """``chunk_bytes``: that one rank asks for at most. ``through_host``: whether they are copied; None: where they lie on a
+        GPU. Memory for that is taken here, as pinning it later would cost the first replicas their window."""
         self._run_of = run_of
-        self._through_host = device.type != "cpu" if through_host is None else through_host
         self._stream = new_stream(device)
-        self._chunk_of: dict[int, torch.Tensor] = {}
+        self._chunk_of: torch.Tensor | None = None
+        if device.type != "cpu" if through_host is None else through_host:
+            self._chunk_of = host_memory(num_ranks, chunk_bytes, pinned=device.type == "cuda")
 
+    @torch.inference_mode()
     def chunk(self, asked: Message, rank: int) -> memoryview | None:
         """The bytes that ``rank`` asks for, until it asks again; None for an expert that is not here."""
         run = self._run_of(asked.layer, asked.expert)
         if run is None:
             return None
         chunk = run[asked.offset : asked.offset + asked.nbytes]
-        if not self._through_host:
+        if self._chunk_of is None:
             return chunk.numpy().data
-        kept = self._chunk_of.get(rank)
-        if kept is None or len(kept) < asked.nbytes:
-            kept = self._chunk_of[rank] = host_memory(asked.nbytes, pinned=chunk.is_cuda)
-        copy = kept[: asked.nbytes]
+        copy = self._chunk_of[rank, : len(chunk)]
         if self._stream is None:
             copy.copy_(chunk)
         else:

@@ -47,7 +47,7 @@ class ReplicaTrack:
         """Of which fetch, for what, which rank, when (ns)."""
         self._questions: deque[tuple[Link, Message]] = deque()
         self._is_over = threading.Event()
-        """Nothing is to be fetched any more."""
+        """Nothing is to be fetched any more, or nothing can be."""
         self._is_open, self._windows = True, 0
         self._suspended_ns = 0
         self._closing = False
@@ -74,7 +74,7 @@ class ReplicaTrack:
         with self._lock:
             assert self._fetch is None, "a fetch ends before the next begins"
             self._fetch = Fetch(layer, wanted, self.timeline)
-            if wanted:
+            if wanted and self.error is None:
                 self._is_over.clear()
             else:
                 self._is_over.set()
@@ -93,8 +93,11 @@ class ReplicaTrack:
             return fetch.fetched
 
     def finish(self, *, within_s: float) -> Fetched:
-        """``end_fetch``, but waits for what is wanted, so long at most."""
-        if self._is_over.wait(within_s) and self._fetch is not None:
+        """``end_fetch``, but waits for what is wanted, so long at most. Raises what has broken the thread."""
+        is_over = self._is_over.wait(within_s)
+        if self.error is not None:
+            raise self.error
+        if is_over and self._fetch is not None:
             self._fetch.land()
         return self.end_fetch()
 
@@ -151,6 +154,7 @@ class ReplicaTrack:
         except Exception as error:  # noqa: BLE001 - carried to the computing thread
             if not self._closing:
                 self.error = error
+                self._is_over.set()
 
     def _handle(self, link: Link | None, events: int) -> None:
         if link is None:
