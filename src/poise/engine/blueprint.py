@@ -234,7 +234,7 @@ def draw_up(
         int4_costs = options.quantize == "int4"
         costs = layer_costs(machine, meta, modules, dtype.dtype, pipeline.spec, int4=int4_costs)
     else:
-        pipeline = on_device(pipeline, tier)
+        pipeline = on_device(pipeline, tier, meta.config)
         costs = device_costs(tier, pipeline.spec, dtype.dtype, layout)
     return Blueprint(
         options=options,

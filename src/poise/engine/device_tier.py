@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from poise.cost.layer_costs import RooflineCosts
 from poise.engine.footprint import AUTO_MARGIN_FRAC
-from poise.engine.planning import Costs
+from poise.engine.planning import Costs, on_accelerator
 from poise.engine.prefetcher import prefetcher_bytes
 from poise.errors import BudgetError, UsageError
 from poise.model.device_weights import device_slot_bytes_for
@@ -25,7 +25,7 @@ from poise.offload.device_loader import DeviceLoader
 from poise.offload.expert_store import ExpertStore
 from poise.offload.host_tier import HostTier
 from poise.offload.lanes import lane_to
-from poise.plan.candidates import DEVICE_PASS_TOKENS, PipelineModel
+from poise.plan.candidates import DEVICE_NUM_BATCHES, DEVICE_PASS_TOKENS, PipelineModel
 from poise.plan.memory import OVERHEAD_BYTES
 from poise.profile.accelerator import accelerator_rates
 from poise.spec.model_spec import ModelSpec
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 WINDOW_LAYERS = 2
 """Klotski's L: where DRAM is short, so many layers' experts may be read before the device fetches them."""
+WANTED_SLOTS = 2
+"""On the device, where they fit at all: one is computed with while the next is copied. With one the bus idled for a fifth of a
+decode pass (H200, experts of 6.5 ms). More are planned where they pay."""
 DISK_BYTES_PER_S = 1e9
 """What plans take the disk for, where DRAM is short: it is not measured yet."""
 
@@ -107,15 +110,19 @@ def draw_tier(options: Options, device: torch.device, layout: CheckpointLayout, 
     )
 
 
-def on_device(pipeline: PipelineModel, tier: DeviceTier) -> PipelineModel:
-    """The same model where all but experts is on the device: all its dense weights, and caches."""
+def on_device(pipeline: PipelineModel, tier: DeviceTier, config: Any) -> PipelineModel:
+    """The same model where all but experts is on the device: all its dense weights, and caches. ``config``: transformers'."""
     return replace(
         pipeline,
+        activation=on_accelerator(pipeline.activation, config),
         dense=pipeline.dense[:1],
         slot_bytes=tier.slot_bytes,
         scratch_bytes=0,
         may_move_cache=(False,),
+        num_batches=DEVICE_NUM_BATCHES,
         pass_tokens=DEVICE_PASS_TOKENS if tier.device.type == "cuda" else pipeline.pass_tokens,
+        wanted_slots=WANTED_SLOTS,
+        under_way=0,
         budget_name="device memory budget",
     )
 

@@ -187,6 +187,12 @@ class LLM:
         device = self._blueprint.device
         return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
 
+    @property
+    def device_budget_bytes(self) -> int | None:
+        """What may lie on the device that experts are copied to; None where there is none."""
+        tier = self._blueprint.tier
+        return None if tier is None else tier.budget_bytes
+
     def describe(self) -> dict[str, object]:
         """Plain numbers about the model and, after a call of ``generate``, the plan it ran under."""
         facts = model_facts(self._blueprint) | {
