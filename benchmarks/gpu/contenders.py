@@ -10,6 +10,7 @@ import itertools
 import statistics
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ import torch
 from poise import LLM, SamplingParams
 from poise.plan.candidates import DEVICE_NUM_BATCHES
 from poise.plan.group import GroupShape
+from poise.plan.pipeline import PipelinePlan
 from poise.plan.schedule import Policy
 from poise.plan.workload import Workload
 from poise.profile.accelerator import AcceleratorRates, accelerator_rates, copy_rate
@@ -34,46 +36,72 @@ PLANNED_REQUESTS = 2_000
 def poise(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Poise: experts in DRAM, or behind it on the disk, and on the device what fits. A model that is loaded once runs all.
 
-    ``options.runs``: a batch size, or ``any``, and a policy each, as in ``64:planned``. Runs that turn out to be alike are
-    made once.
+    ``options.runs``: a batch size, or ``any``, and a policy each, as in ``64:planned``; with ``:kept`` caches stay on the
+    device. ``explain``, ``capped``: short runs. Those that turn out to be alike are made once; one that fails is told.
     """
     began_s = time.perf_counter()
-    done: dict[tuple[GroupShape, str], str] = {}
+    done: dict[tuple[GroupShape, bool, str], str] = {}
     tiers: dict[str, Any] = {"device": options.device, "device_memory": options.device_memory, "memory": options.memory}
     with LLM(options.model, **tiers) as llm:
         rates = _rates(llm)
         load_s = time.perf_counter() - began_s
         _say(f"loaded in {load_s:.1f} s; {rates}")
         for run in options.runs:
-            size, _, policy = run.partition(":")
-            group = _use_group(llm, size, options)
-            name = f"bs {size}, {policy}"
-            if (group, policy) in done:
-                _say(f"{name}: as {done[group, policy]}")
-                continue
-            llm.use_policy(_policy(policy, llm.spec.top_k))
-            if not any(group == warm for warm, _ in done):
-                _generate(llm, group.max_rows, options.prompt_tokens, FEW_NEW_TOKENS)
-            done[group, policy] = name
-            yield name, _run(llm, group.max_rows, options, rates) | {"load_s": load_s}
-        if options.explain:
-            yield "where time goes", _explained(llm, options)
-            yield "capped", _capped(llm, options)
+            try:
+                found = _one_run(llm, run, options, rates, done)
+            except Exception as error:  # noqa: BLE001 - told, and the next may do
+                _say(traceback.format_exc())
+                found = {"error": repr(error)[:400]}
+            if found is not None:
+                yield run, found | {"load_s": load_s}
 
 
-def _use_group(llm: LLM, size: str, options: argparse.Namespace) -> GroupShape:
+def _one_run(
+    llm: LLM,
+    run: str,
+    options: argparse.Namespace,
+    rates: AcceleratorRates,
+    done: dict[tuple[GroupShape, bool, str], str],
+) -> dict[str, Any] | None:
+    """None for one that was made before, by another name."""
+    if run == "explain":
+        return _explained(llm, options)
+    if run == "capped":
+        return _capped(llm, options)
+    size, policy, *kept = run.split(":")
+    plan = _use_group(llm, size, options, may_move=not kept)
+    key = (plan.group, plan.cache_on_disk, policy)
+    if key in done:
+        _say(f"{run}: as {done[key]}")
+        return None
+    llm.use_policy(_policy(policy, llm.spec.top_k))
+    rows = plan.group.max_rows
+    if not any(key[:2] == warm[:2] for warm in done):
+        # As long in all as what is timed, so that memory for caches is of the same sizes and is pinned before.
+        began_s = time.perf_counter()
+        _generate(llm, rows, options.prompt_tokens + options.new_tokens - FEW_NEW_TOKENS, FEW_NEW_TOKENS)
+        _say(f"{run}: warm after {time.perf_counter() - began_s:.1f} s")
+    done[key] = run
+    return _run(llm, rows, options, rates)
+
+
+def _use_group(llm: LLM, size: str, options: argparse.Namespace, *, may_move: bool = True) -> PipelinePlan:
     """Has the LLM run the group that is planned with batches of this size, or of any, for more requests than fit."""
     counts = (options.batches,) if options.batches else DEVICE_NUM_BATCHES
     drawn = llm._blueprint
     pairs = None if size == "any" else [(int(size), n) for n in counts]
     count = int(size) * options.batches if options.batches and size != "any" else PLANNED_REQUESTS
-    drawn = replace(drawn, options=replace(drawn.options, groups=pairs))
+    kv_on_disk = None if may_move else False
+    drawn = replace(drawn, options=replace(drawn.options, groups=pairs, kv_on_disk=kv_on_disk))
+    assert drawn.tier is not None, "experts are copied to a device"
+    moves = drawn.tier.may_move_cache(drawn.options, drawn.pipeline.cache)
+    drawn = replace(drawn, pipeline=replace(drawn.pipeline, may_move_cache=moves))
     plan = drawn.plan(
         Workload(prompt_tokens=(options.prompt_tokens,) * count, new_tokens=(options.new_tokens,) * count)
     )
     fixed = [(plan.batch_size, plan.num_batches)]
     llm._blueprint = replace(drawn, options=replace(drawn.options, groups=fixed))
-    return plan.group
+    return plan
 
 
 def _rates(llm: LLM) -> AcceleratorRates:
@@ -85,10 +113,10 @@ def _rates(llm: LLM) -> AcceleratorRates:
 def _explained(llm: LLM, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds by kind of span in a short run. Noting them makes the host wait for every expert: they sum to more than a run."""
     timeline = Timeline()
-    group = _use_group(llm, "any", options)
+    rows = _use_group(llm, "any", options).group.max_rows
     llm.use_policy(_policy("planned", llm.spec.top_k))
-    passes = _generate(llm, group.max_rows, options.prompt_tokens, FEW_NEW_TOKENS, timeline=timeline)
-    prompts_end = next(index for index, each in enumerate(passes) if each["generated_tokens"] >= group.max_rows)
+    passes = _generate(llm, rows, options.prompt_tokens, FEW_NEW_TOKENS, timeline=timeline)
+    prompts_end = next(index for index, each in enumerate(passes) if each["generated_tokens"] >= rows)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     starts = sorted(span.begin_ns for span in timeline.spans if span.name == "pass")
     decode_ns = starts[prompts_end + 1] if prompts_end + 1 < len(starts) else 0
@@ -104,7 +132,7 @@ def _capped(llm: LLM, options: argparse.Namespace) -> dict[str, Any]:
     """A short run in which torch may take no more of the GPU than the budget, what it keeps for later included."""
     if not torch.cuda.is_available():
         return {"done": False, "reason": "no GPU"}
-    rows = _use_group(llm, "any", options).max_rows
+    rows = _use_group(llm, "any", options).group.max_rows
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     budget = llm._blueprint.tier.budget_bytes if llm._blueprint.tier is not None else 0
@@ -138,11 +166,12 @@ def _run(llm: LLM, rows: int, options: argparse.Namespace, rates: AcceleratorRat
     if is_gpu:
         torch.cuda.reset_peak_memory_stats()
     host, spec = llm._open()._supplier.host, llm.spec
-    from_disk = host.bytes_read
+    from_disk, moved = host.bytes_read, _moved_bytes(llm)
     prompt_tokens, new_tokens = options.prompt_tokens, options.new_tokens
     passes = _generate(llm, rows, prompt_tokens, new_tokens)
     facts, last, slots = llm.describe(), llm.last_progress, llm._open().num_slots
     assert last is not None
+    caches_read, caches_written = (after - before for before, after in zip(moved, _moved_bytes(llm), strict=True))
     rate = copy_rate(torch.device("cuda")) if is_gpu else rates.copy_bytes_per_s
     prefill_s = next(each["s"] for each in passes if each["generated_tokens"] >= rows)
     found = {
@@ -157,12 +186,15 @@ def _run(llm: LLM, rows: int, options: argparse.Namespace, rates: AcceleratorRat
         "experts": sum(spec.experts_L),
         "expert_bytes": spec.expert_bytes,
         "copied_bytes": last.bytes_read,
+        "caches_read_bytes": caches_read,
+        "caches_written_bytes": caches_written,
         "disk_bytes": host.bytes_read - from_disk,
         "prefill_ahead": last.prefill_ahead.as_json(),
         "decode_ahead": last.decode_ahead.as_json(),
         "rates": asdict(rates),
         "copy_bytes_per_s": rate,
-        "limit": limits(passes, slots, spec, rate, rates.flops_per_s, rows * (prompt_tokens + new_tokens - 1)),
+        "limit": limits(passes, slots, spec, rate, rates.flops_per_s, rows * (prompt_tokens + new_tokens - 1))
+        | {"with_caches_s": (last.bytes_read + caches_read) / rate},
         "passes": {name: [each[name] for each in passes] for name in passes[0]},
         "plan": {key: value for key, value in facts.items() if isinstance(value, (int, float, str, bool))},
         "peak_device_bytes": torch.cuda.max_memory_allocated() if is_gpu else None,
@@ -170,6 +202,12 @@ def _run(llm: LLM, rows: int, options: argparse.Namespace, rates: AcceleratorRat
     }
     _say(f"{found['tokens_per_s']:.1f} tokens/s, {found['decode_tokens_per_s']:.1f} in decode; {facts}")
     return found
+
+
+def _moved_bytes(llm: LLM) -> tuple[int, int]:
+    """Of caches, to the device and back, since caches first moved."""
+    counters = None if llm._kv is None else llm._kv.counters
+    return (0, 0) if counters is None else (counters.bytes_read, counters.bytes_written)
 
 
 def _generate(

@@ -71,8 +71,7 @@ def _contenders(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     new = ["--new-tokens", str(options.new_tokens)]
     tiers = ["--contender", "poise", *common, "--device-memory", device]
     batches = ["--batches", str(options.batches)] if options.batches else []
-    explain = ["--explain"] if options.explain else []
-    yield "poise", [*tiers, *new, "--memory", str(options.memory), "--runs", *options.runs, *batches, *explain]
+    yield "poise", [*tiers, *new, "--memory", str(options.memory), "--runs", *options.runs, *batches]
     for size in options.accelerate:
         caches = size * (options.prompt_tokens + options.new_tokens) * KV_BYTES_PER_TOKEN_LAYER * options.layers
         weights = max(10**9, _device_bytes(options) - BESIDE_WEIGHTS_BYTES - caches)
@@ -139,6 +138,11 @@ def _print_line(name: str, found: Mapping[str, Any]) -> None:
             f"copied {found['copied_bytes'] / 1e9:.1f} GB "
             f"where {limit['must_bytes'] / 1e9:.1f} must, at {found['copy_bytes_per_s'] / 1e9:.1f} GB/s"
         )
+    if found.get("caches_read_bytes"):
+        line += (
+            f"; caches: {found['caches_read_bytes'] / 1e9:.1f} GB there, {found['caches_written_bytes'] / 1e9:.1f} back"
+        )
+        line += f", all copies {found['limit']['with_caches_s']:.2f} s"
     peak = found.get("peak_device_bytes")
     line += "" if peak is None else f"; device peak {peak / 1e9:.2f} GB"
     print(line, flush=True)
@@ -176,9 +180,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--divide", type=int, default=1, help="widths by this, to try the benchmark itself")
     parser.add_argument("--model", help="a checkpoint that was made before")
-    parser.add_argument("--runs", nargs="+", default=["64:planned", "64:whole-layer"], help="SIZE|any:POLICY, of Poise")
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=["64:planned", "64:whole-layer"],
+        help="SIZE|any:POLICY[:kept]|explain|capped, of Poise",
+    )
     parser.add_argument("--batches", type=int, default=0, help="n; 0: as planned")
-    parser.add_argument("--explain", action="store_true", help="short runs besides: where time goes, memory capped")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--device-bytes", type=int, default=0)
     parser.add_argument("--memory", default="60GB", help="of DRAM, for Poise")

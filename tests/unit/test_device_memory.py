@@ -11,6 +11,7 @@ import torch
 
 from poise import LLM, SamplingParams
 from poise.engine.runner import ForwardInputs
+from poise.units import MIB
 from tests.conftest import MakeCheckpoint
 from tests.live_memory import LiveMemory
 
@@ -76,7 +77,7 @@ def test_passes_take_what_is_planned_and_not_much_less(
     print(
         f"{architecture}, {size} x {batches}, chunk {chunk}: peak {max(peaks) / 1e6:.2f} MB, planned {planned / 1e6:.2f}"
     )
-    assert max(peaks) <= planned <= 1.6 * max(peaks)
+    assert max(peaks) <= planned <= 1.6 * max(peaks) + 2 * MIB
 
 
 def _measured(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:

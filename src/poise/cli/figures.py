@@ -42,7 +42,11 @@ def taken(llm: LLM | ParallelLLM, progress: Progress | None = None) -> dict[str,
 
     progress = progress or llm.last_progress
     assert progress is not None, "the engine has generated"
-    memory = {"base_bytes": llm.base_bytes, "budget_bytes": llm.budget_bytes, "peak_bytes": llm.peak_bytes}
+    memory: dict[str, int | None] = {
+        "base_bytes": llm.base_bytes,
+        "budget_bytes": llm.budget_bytes,
+        "peak_bytes": llm.peak_bytes,
+    }
     if isinstance(llm, LLM) and llm.device_peak_bytes is not None:
         memory |= {"device_peak_bytes": llm.device_peak_bytes, "device_budget_bytes": llm.device_budget_bytes}
     ranks = {} if isinstance(llm, LLM) else {"parallel": _of_ranks(llm)}
@@ -84,7 +88,7 @@ def plan_line(plan: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
     return (
         f"plan: {plan['num_batches']} x {plan['batch_size']} rows (n x bs), {plan['prefetch_experts']} experts read ahead "
         f"(K), {plan['expert_slots']} of {plan['experts']} experts {names.there}, keys and values "
-        f"{'on disk' if plan['kv_on_disk'] else names.there}{streamed}; bottleneck: {names.bottleneck(plan['bottleneck'])}; "
+        f"{names.away if plan['kv_on_disk'] else names.there}{streamed}; bottleneck: {names.bottleneck(plan['bottleneck'])}; "
         f"{_rate(stats['generated_tokens_per_s'])} tokens/s measured, {_rate(plan['predicted_tokens_per_s'])} predicted "
         f"({plan['bound_frac']:.0%} of what perfect overlap would give; costs {plan['costs']})"
     )

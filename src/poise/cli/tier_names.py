@@ -9,12 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TierNames:
-    """``memory``: where it computes. ``below``: where experts come from. ``way``: what brings them. ``there``: in memory."""
+    """``memory``: where it computes. ``below``: where experts come from. ``way``: what brings them. ``there``: in memory;
+    ``away``: where caches are that left it."""
 
     memory: str = "memory"
     below: str = "disk"
     way: str = "disk"
     there: str = "in memory"
+    away: str = "on disk"
 
     def bottleneck(self, which: str) -> str:
         """``disk`` or ``compute``, as a plan has it."""
@@ -31,4 +33,5 @@ def tier_names(facts: Mapping[str, Any]) -> TierNames:
         below="DRAM" if in_dram else "DRAM, disk",
         way="copies to the device" if in_dram else "copies to the device, or the disk",
         there="on the device",
+        away="in DRAM",
     )

@@ -30,7 +30,7 @@ class PipelineModel:
     ``dense``: the ways in which its dense weights may lie, from most memory to least. ``may_move_cache``: whether caches may
     be planned on disk. ``num_batches``, ``pass_tokens``: numbers of batches, caps on the prompt tokens of a pass.
     ``wanted_slots``: more rows are no reason to plan fewer, where so many fit at all. ``under_way``: as ``plan.passes`` has
-    it. ``budget_name``: what refusals call the budget.
+    it. ``most_moved_bytes``: room where caches move to; None: not known. ``budget_name``: what refusals call the budget.
     """
 
     spec: ModelSpec
@@ -46,6 +46,7 @@ class PipelineModel:
     pass_tokens: tuple[int, ...] = PASS_TOKENS
     wanted_slots: int = 1
     under_way: int = UNDER_WAY
+    most_moved_bytes: int | None = None
     budget_name: str = "memory budget"
 
     @property
@@ -105,6 +106,8 @@ def candidates(model: PipelineModel, workload: Workload, only: Sequence[tuple[in
         left = tokens_of[size].bytes_in(model.cache.on_disk(), group.max_rows)
         moved = tokens_of[size].most(group.max_rows) * model.cache.movable_bytes_per_token
         for on_disk in model.may_move_cache:
+            if on_disk and model.most_moved_bytes is not None and moved > model.most_moved_bytes:
+                continue
             yield Candidate(
                 group=group,
                 cache_on_disk=on_disk,

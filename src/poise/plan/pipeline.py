@@ -184,7 +184,8 @@ class _Search:
                 continue
             found = self._best_ahead(candidate, dense, 1 + left // self._model.slot_bytes)
             yield found
-            since = 0 if found.seconds < best_s else since + 1
+            is_enough = found.num_slots >= self._model.wanted_slots
+            since = 0 if found.seconds < best_s or not is_enough else since + 1
             best_s = min(best_s, found.seconds)
             if since >= PATIENCE or found.num_slots == self._model.most_slots:
                 return
