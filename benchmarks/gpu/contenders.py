@@ -77,12 +77,16 @@ def _one_run(
     llm.use_policy(_policy(policy, llm.spec.top_k))
     rows = plan.group.max_rows
     if not any(key[:2] == warm[:2] for warm in done):
-        # As long in all as what is timed, so that memory for caches is of the same sizes and is pinned before.
         began_s = time.perf_counter()
-        _generate(llm, rows, options.prompt_tokens + options.new_tokens - FEW_NEW_TOKENS, FEW_NEW_TOKENS)
+        _generate(llm, rows, _long_prompt_tokens(options), FEW_NEW_TOKENS)
         _say(f"{run}: warm after {time.perf_counter() - began_s:.1f} s")
     done[key] = run
     return _run(llm, rows, options, rates)
+
+
+def _long_prompt_tokens(options: argparse.Namespace) -> int:
+    """So that a short run is as long in all as a timed one: memory for caches is then of the same sizes, and pinned before."""
+    return int(options.prompt_tokens + options.new_tokens - FEW_NEW_TOKENS)
 
 
 def _use_group(llm: LLM, size: str, options: argparse.Namespace, *, may_move: bool = True) -> PipelinePlan:
@@ -115,7 +119,7 @@ def _explained(llm: LLM, options: argparse.Namespace) -> dict[str, Any]:
     timeline = Timeline()
     rows = _use_group(llm, "any", options).group.max_rows
     llm.use_policy(_policy("planned", llm.spec.top_k))
-    passes = _generate(llm, rows, options.prompt_tokens, FEW_NEW_TOKENS, timeline=timeline)
+    passes = _generate(llm, rows, _long_prompt_tokens(options), FEW_NEW_TOKENS, timeline=timeline)
     prompts_end = next(index for index, each in enumerate(passes) if each["generated_tokens"] >= rows)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     starts = sorted(span.begin_ns for span in timeline.spans if span.name == "pass")
@@ -138,7 +142,7 @@ def _capped(llm: LLM, options: argparse.Namespace) -> dict[str, Any]:
     budget = llm._blueprint.tier.budget_bytes if llm._blueprint.tier is not None else 0
     torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info()[1])
     try:
-        passes = _generate(llm, rows, options.prompt_tokens, FEW_NEW_TOKENS)
+        passes = _generate(llm, rows, _long_prompt_tokens(options), FEW_NEW_TOKENS)
     except torch.cuda.OutOfMemoryError as error:
         return {"done": False, "reason": str(error)[:400]}
     return {

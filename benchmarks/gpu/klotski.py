@@ -28,7 +28,7 @@ KV_BYTES_PER_TOKEN_LAYER = 4096
 BESIDE_WEIGHTS_BYTES = 5 * 10**9
 """What Accelerate needs on the device beside weights that stay and caches: a layer that passes through, activations."""
 
-ACCELERATE_S = 38
+ACCELERATE_S = 34
 """Kept for each of its batch sizes, whatever Poise takes."""
 
 
