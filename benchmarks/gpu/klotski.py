@@ -1,6 +1,6 @@
 """Klotski's own setting on one GPU: a Mixtral in DRAM, a device that holds a quarter of it, long prompts, short answers.
 
-    python benchmarks/gpu/klotski.py --layers 8 --batch-sizes 64 --scratch /dev/shm --seconds 120 --output benchmarks/results
+    python benchmarks/gpu/klotski.py --layers 8 --runs 64:planned --scratch /dev/shm --seconds 120 --output benchmarks/results
 
 The checkpoint has Mixtral-8x7B's layers, fewer of them (``checkpoint``), and the device as much less memory than 24 GB.
 Contenders (``contenders``) run one after the other, each in a process of its own; one that fails is printed in full and the
@@ -28,6 +28,9 @@ KV_BYTES_PER_TOKEN_LAYER = 4096
 BESIDE_WEIGHTS_BYTES = 5 * 10**9
 """What Accelerate needs on the device beside weights that stay and caches: a layer that passes through, activations."""
 
+ACCELERATE_S = 34
+"""Kept for each of its batch sizes, whatever Poise takes."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Makes the checkpoint, runs the contenders, writes the result."""
@@ -46,10 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results["make_s"] = time.monotonic() - began_s
         for name, flags in _contenders(options):
             began_s = time.monotonic()
-            found = _run(["--model", model, *flags], ends_s) or {}
+            kept_s = ACCELERATE_S * len(options.accelerate) if name == "poise" else 0
+            found = _run(["--model", model, *flags], ends_s - kept_s) or {}
             for variant, figures in found.items():
-                results["contenders"][f"{name} {variant}".strip()] = figures
-                _print_line(f"{name} {variant}", figures, time.monotonic() - began_s)
+                results["contenders"][f"{name}, {variant}"] = figures
+                _print_line(f"{name}, {variant}", figures)
+            print(f"   {time.monotonic() - began_s:.0f} s in all", flush=True)
             _write(options, results, is_last=False)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -62,21 +67,23 @@ def _shape(options: argparse.Namespace) -> list[str]:
 
 def _contenders(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     device = str(_device_bytes(options))
-    for size in options.batch_sizes:
-        common = ["--batch-size", str(size), "--new-tokens", str(options.new_tokens)]
-        tiers = ["--contender", "poise", *common, "--device", options.device, "--device-memory", device]
-        tiers += ["--memory", str(options.memory)]
-        batches = ["--batches", str(options.batches)] if options.batches else []
-        yield f"poise, bs {size},", [*tiers, "--policies", *options.policies, *batches]
-        if not options.no_accelerate:
-            caches = size * (512 + options.new_tokens) * KV_BYTES_PER_TOKEN_LAYER * options.layers
-            weights = max(10**9, _device_bytes(options) - BESIDE_WEIGHTS_BYTES - caches)
-            timed = ["--timed-tokens", str(options.timed_tokens), "--weights-bytes", str(weights)]
-            yield f"accelerate, bs {size}", ["--contender", "accelerate", *common, *timed, "--device", options.device]
+    common = ["--prompt-tokens", str(options.prompt_tokens), "--device", options.device]
+    new = ["--new-tokens", str(options.new_tokens)]
+    tiers = ["--contender", "poise", *common, "--device-memory", device]
+    batches = ["--batches", str(options.batches)] if options.batches else []
+    yield "poise", [*tiers, *new, "--memory", str(options.memory), "--runs", *options.runs, *batches]
+    for size in options.accelerate:
+        caches = size * (options.prompt_tokens + options.new_tokens) * KV_BYTES_PER_TOKEN_LAYER * options.layers
+        weights = max(10**9, _device_bytes(options) - BESIDE_WEIGHTS_BYTES - caches)
+        timed = ["--timed-tokens", str(options.timed_tokens), "--weights-bytes", str(weights)]
+        yield "accelerate", ["--contender", "accelerate", *common, *new, *timed, "--batch-size", str(size)]
+    if options.short_memory:
+        few = ["--new-tokens", str(options.short_new_tokens), "--memory", options.short_memory]
+        yield f"poise, {options.short_memory} of DRAM", [*tiers, *few, "--runs", options.runs[0]]
 
 
 def _run(flags: Sequence[str], ends_s: float) -> dict[str, Any] | None:
-    """What the contender's last line says; None where it failed, which is printed."""
+    """What the contender's last line says, which holds all that it has finished; None where it failed, which is printed."""
     left_s = ends_s - time.monotonic()
     print(f"== {' '.join(flags)} ({left_s:.0f} s left)", flush=True)
     if left_s < 5:
@@ -87,13 +94,17 @@ def _run(flags: Sequence[str], ends_s: float) -> dict[str, Any] | None:
             [sys.executable, __file__, *flags], stdout=subprocess.PIPE, timeout=left_s, text=True, check=False
         )
     except subprocess.TimeoutExpired as error:
-        print(f"   took longer than {left_s:.0f} s; it said: {error.stdout!r}", flush=True)
-        return None
-    lines = done.stdout.strip().splitlines()
+        print(f"   took longer than {left_s:.0f} s", flush=True)
+        return _last(error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or "")
     if done.returncode:
-        print(f"   ended with {done.returncode}; it said:\n{done.stdout}", flush=True)
-        return None
-    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        print(f"   ended with {done.returncode}", flush=True)
+    return _last(done.stdout)
+
+
+def _last(said: str) -> dict[str, Any] | None:
+    """The last whole line."""
+    lines = said.rpartition("\n")[0].splitlines()
+    found: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
     return found
 
 
@@ -108,10 +119,16 @@ def _contend(options: argparse.Namespace) -> None:
         return
     import contenders
 
-    print(json.dumps(getattr(contenders, options.contender)(options)), flush=True)
+    found = {}
+    for variant, figures in getattr(contenders, options.contender)(options):
+        found[variant] = figures
+        print(json.dumps(found), flush=True)
 
 
-def _print_line(name: str, found: Mapping[str, Any], seconds: float) -> None:
+def _print_line(name: str, found: Mapping[str, Any]) -> None:
+    if "tokens_per_s" not in found:
+        print(f"   {name}: {json.dumps(found)}", flush=True)
+        return
     line = f"   {name}: {found['tokens_per_s']:.2f} tokens/s with {found['rows']} rows"
     if "limit" in found:
         limit = found["limit"]
@@ -121,9 +138,14 @@ def _print_line(name: str, found: Mapping[str, Any], seconds: float) -> None:
             f"copied {found['copied_bytes'] / 1e9:.1f} GB "
             f"where {limit['must_bytes'] / 1e9:.1f} must, at {found['copy_bytes_per_s'] / 1e9:.1f} GB/s"
         )
+    if found.get("caches_read_bytes"):
+        line += (
+            f"; caches: {found['caches_read_bytes'] / 1e9:.1f} GB there, {found['caches_written_bytes'] / 1e9:.1f} back"
+        )
+        line += f", all copies {found['limit']['with_caches_s']:.2f} s"
     peak = found.get("peak_device_bytes")
     line += "" if peak is None else f"; device peak {peak / 1e9:.2f} GB"
-    print(f"{line} ({seconds:.0f} s in all)", flush=True)
+    print(line, flush=True)
 
 
 def _write(options: argparse.Namespace, results: Mapping[str, Any], *, is_last: bool) -> None:
@@ -158,13 +180,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--divide", type=int, default=1, help="widths by this, to try the benchmark itself")
     parser.add_argument("--model", help="a checkpoint that was made before")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64])
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=["64:planned", "64:whole-layer"],
+        help="SIZE|any:POLICY[:kept]|explain|capped, of Poise",
+    )
     parser.add_argument("--batches", type=int, default=0, help="n; 0: as planned")
-    parser.add_argument("--policies", nargs="+", default=["planned", "whole-layer"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--device-bytes", type=int, default=0)
     parser.add_argument("--memory", default="60GB", help="of DRAM, for Poise")
-    parser.add_argument("--no-accelerate", action="store_true")
+    parser.add_argument("--accelerate", type=int, nargs="*", default=[64], help="batch sizes of Accelerate")
+    parser.add_argument("--short-memory", help="a run of Poise with so little DRAM that experts come from the disk")
+    parser.add_argument("--short-new-tokens", type=int, default=8, help="of that run")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--timed-tokens", type=int, default=4, help="that Accelerate generates")
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"))

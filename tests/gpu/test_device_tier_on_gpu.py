@@ -105,6 +105,22 @@ def test_every_policy_gives_the_same_tokens(
         assert got == [ids for ids, _ in run(resident, prompts)]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_caches_in_dram(dtype: str, checkpoint: MakeCheckpoint, draw_prompts: DrawPrompts, monkeypatch: Any) -> None:
+    """To the last bit what comes where caches stay on the device; twice, in memory that the first call gave back."""
+    path, prompts = checkpoint("qwen3_moe", dtype, **LARGE), draw_prompts(LENGTHS)
+    with open_tiers(path, 3, None, "cuda", kv_on_disk=False) as resident:
+        still = run(resident, prompts)
+    monkeypatch.setattr("poise.engine.device_tier.DeviceTier.may_move_cache", lambda *_: (True,))
+    with open_tiers(path, 3, None, "cuda") as llm:
+        for _ in range(2):
+            for (new_ids, logits_TV), (want_ids, want_TV) in zip(run(llm, prompts), still, strict=True):
+                assert new_ids == want_ids
+                torch.testing.assert_close(logits_TV, want_TV, rtol=0, atol=0)
+        assert llm.runner.kv is not None
+        assert llm.runner.kv.counters.bytes_read > 0
+
+
 def test_the_device_holds_no_more_than_its_budget(checkpoint: MakeCheckpoint, draw_prompts: DrawPrompts) -> None:
     """In the smallest budget that a refusal names, and in one of 400 MB, whose slots are given back when the model closes."""
     path, prompts = checkpoint("qwen3_moe", **LARGE), draw_prompts((40,) * 16)

@@ -15,6 +15,7 @@ import torch
 
 from poise import LLM, SamplingParams
 from poise.errors import ReadError, UsageError
+from poise.offload.kv_places import DramPlace
 from poise.plan.schedule import Policy
 from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
 from tests.device_cases import DEVICE_MEMORY, LENGTHS, Interrupts, error, open_tiers, run, smallest_device, supplier_of
@@ -73,6 +74,49 @@ def test_every_policy_gives_the_same_tokens(
     path, prompts = checkpoint("qwen3_moe"), draw_prompts(LENGTHS)
     with open_tiers(path, 5, host_slots, policy=policy) as llm, LLM(path, memory="1GiB") as plain:
         assert [ids for ids, _ in run(llm, prompts)] == [ids for ids, _ in run(plain, prompts)]
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "mixtral_sliding", "qwen3_next", "deepseek_v3"])
+def test_caches_in_dram_change_no_logits(
+    architecture: str,
+    checkpoint: MakeCheckpoint,
+    reference: Reference,
+    draw_prompts: DrawPrompts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Plain layers leave the device between attentions, windows and states stay; rows end at different times."""
+    monkeypatch.setattr("poise.engine.device_tier.DeviceTier.may_move_cache", lambda *_: (True,))
+    path = checkpoint(architecture)
+    model, prompts = reference(path), draw_prompts(LENGTHS)
+    with open_tiers(path, 3, None) as llm:
+        for _ in range(2):
+            for ids, (new_ids, logits_TV) in zip(prompts, run(llm, prompts), strict=True):
+                assert error(model, ids, new_ids, logits_TV) <= (1e-4 if architecture == "qwen3_next" else 1e-5)
+        kv = llm.runner.kv
+        assert kv is not None
+        assert isinstance(kv.place, DramPlace)
+        assert (kv.counters.bytes_read > 0) == (architecture != "mixtral_sliding")
+
+
+def test_caches_leave_a_device_that_holds_too_few_of_them(
+    checkpoint: MakeCheckpoint, draw_prompts: DrawPrompts
+) -> None:
+    """Little memory and long rows: more rows a pass, their caches in DRAM, are planned to be faster; tokens are the same."""
+    path, prompts = checkpoint("mixtral"), draw_prompts((60,) * 24)
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    smallest = smallest_device(path, asked[0], params)
+    tokens, rows, moved = [], [], []
+    for kv_on_disk in (None, False):
+        options: dict[str, Any] = {"device_memory": smallest + 2_000_000, "kv_on_disk": kv_on_disk}
+        with LLM(path, memory="4GiB", device="cpu", expert_slots=2, **options) as llm:
+            tokens.append([each.outputs[0].token_ids for each in llm.generate(asked, params)])
+            said = llm.describe()
+            rows.append(int(str(said["batch_size"])) * int(str(said["num_batches"])))
+            moved.append(said["kv_on_disk"])
+    assert tokens[0] == tokens[1]
+    assert moved == [True, False]
+    assert rows[0] > rows[1]
 
 
 def test_experts_that_are_quantised_become_weights_in_dram(

@@ -73,11 +73,26 @@ def test_through_a_single_slot_no_expert_computes_while_another_is_read() -> Non
     routing = Routing.recorded(np.ones((1, 8)), top_k=8)
 
     def seconds(is_single: bool) -> float:
-        held = Held(resident=0, ahead=1, streamed_bytes=0, cache_bytes_per_token=0, is_single=is_single)
+        held = Held(resident=0, ahead=1, streamed_bytes=0, cache_bytes_per_token=0, slots=1 if is_single else None)
         return time_pass(shape, held, costs=costs, routing=routing, expert_bytes=10_000_000, num_layers=1).seconds
 
     assert seconds(is_single=True) == pytest.approx(0.005 + 8 * 0.012)
     assert seconds(is_single=False) == pytest.approx(0.005 + 8 * 0.010 + 0.002)
+
+
+def test_until_all_batches_have_passed_the_router_no_more_is_read_than_there_are_slots() -> None:
+    """One layer of 8 experts, all used: 4 batches of 20 ms of attention, beside which 2 slots take 2 of 8 reads of 10 ms; the
+    other 6 come later, then the last expert's 2 ms. Six slots take all that 60 ms behind the first router have time for."""
+    costs = FixedCosts(attention=0.020, expert=0.002, disk_bytes_per_s=1e9)
+    shape = PassShape(batch_size=16, decode_rows=64, prefill_tokens=0, chunk_tokens=16, context_tokens=64)
+    routing = Routing.recorded(np.ones((1, 8)), top_k=8)
+
+    def seconds(slots: int) -> float:
+        held = Held(resident=0, ahead=1, streamed_bytes=0, cache_bytes_per_token=0, slots=slots)
+        return time_pass(shape, held, costs=costs, routing=routing, expert_bytes=10_000_000, num_layers=1).seconds
+
+    assert seconds(2) == pytest.approx(0.080 + 6 * 0.010 + 0.002)
+    assert seconds(6) == pytest.approx(0.020 + 8 * 0.010 + 0.002)
 
 
 def test_routing_that_was_recorded_needs_fewer_reads_than_uniform_routing_does() -> None:

@@ -140,6 +140,17 @@ def test_more_memory_is_never_slower(job: Job, factor: float, more: float) -> No
     assert greater.predicted_tokens_per_s >= less.predicted_tokens_per_s * (1.0 - 2 * WORTH_FRAC)
 
 
+@settings(max_examples=60, deadline=None)
+@given(jobs(), st.integers(2, 4), st.integers(0, 6))
+def test_slots_that_are_wanted_come_before_rows(job: Job, wanted: int, room: int) -> None:
+    """Where the smallest group leaves room for them no faster plan has fewer; and what is planned fits all the same."""
+    job = replace(job, model=replace(job.model, wanted_slots=wanted))
+    budget = job.smallest_budget() + room * job.model.slot_bytes
+    plan = job.plan(budget)
+    assert plan.num_slots >= min(wanted, 1 + room, job.model.most_slots)
+    assert plan.memory_bytes <= budget
+
+
 @settings(max_examples=40, deadline=None)
 @given(jobs())
 def test_with_plenty_of_memory_every_expert_stays_and_nothing_is_read_twice(job: Job) -> None:

@@ -18,6 +18,7 @@ from poise.errors import ReadError, UsageError
 from poise.model.cache import drop_rows, make_cache, movable_layers
 from poise.model.inspect import build_meta_model
 from poise.model.read_plan import ALIGNMENT
+from poise.offload.kv_places import FilePlace
 from poise.offload.kv_stream import KvStream
 from poise.offload.scratch import Scratch
 from poise.plan.memory import CACHE_LINE
@@ -71,7 +72,7 @@ def run_pass(
 
 @pytest.fixture
 def stream(tmp_path: Path) -> Any:
-    made = KvStream(tmp_path)
+    made = KvStream(FilePlace(tmp_path))
     yield made
     made.close()
 

@@ -30,6 +30,7 @@ from poise.bench.direct_read import ReadPattern, measure_patterns
 from poise.bench.disk import scratch_file
 from poise.bench.machine import stamp
 from poise.bench.results import document, write_result
+from poise.offload.kv_places import FilePlace
 from poise.offload.kv_stream import KvStream
 from poise.plan.schedule import schedule_pass
 from poise.units import GIB, MIB, format_bytes
@@ -104,7 +105,7 @@ def measure(directory: Path, *, rounds: int) -> KvCost:
     """Decode passes over caches on disk and in memory, in alternating rounds."""
     final_tokens = PAST_TOKENS + 2 * rounds + 1
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace()))
-    stream = KvStream(directory)
+    stream = KvStream(FilePlace(directory))
     on_disk, in_memory = ([DynamicCache() for _ in range(BATCHES)] for _ in range(2))
     try:
         for cache in (*on_disk, *in_memory):

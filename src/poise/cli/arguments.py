@@ -47,7 +47,7 @@ DeviceMemory = Annotated[
     typer.Option(
         metavar="SIZE",
         help="With --device cuda, of the GPU's memory, such as 24GiB; auto: what is free there, less a margin. Experts come to "
-        "it from --memory, which holds all of them or, where it is too small, those needed next.",
+        "it from --memory, which holds all of them or, where it is too small, those needed next. Caches may lie there, too.",
     ),
 ]
 Dtype = Annotated[

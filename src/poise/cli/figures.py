@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from poise.cli.progress import say
+from poise.cli.tier_names import tier_names
 from poise.engine.request import Progress
 from poise.units import format_bytes, format_s
 
@@ -41,7 +42,13 @@ def taken(llm: LLM | ParallelLLM, progress: Progress | None = None) -> dict[str,
 
     progress = progress or llm.last_progress
     assert progress is not None, "the engine has generated"
-    memory = {"base_bytes": llm.base_bytes, "budget_bytes": llm.budget_bytes, "peak_bytes": llm.peak_bytes}
+    memory: dict[str, int | None] = {
+        "base_bytes": llm.base_bytes,
+        "budget_bytes": llm.budget_bytes,
+        "peak_bytes": llm.peak_bytes,
+    }
+    if isinstance(llm, LLM) and llm.device_peak_bytes is not None:
+        memory |= {"device_peak_bytes": llm.device_peak_bytes, "device_budget_bytes": llm.device_budget_bytes}
     ranks = {} if isinstance(llm, LLM) else {"parallel": _of_ranks(llm)}
     return {**measured(progress, streams=isinstance(llm, LLM)), **memory, **ranks}
 
@@ -76,11 +83,12 @@ def rates(stats: Mapping[str, Any]) -> str:
 
 def plan_line(plan: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
     """How the run was planned, and what came of it. ``plan``: what ``LLM.describe`` says after a run."""
+    names = tier_names(plan)
     streamed = f", {plan['dense_layers_streamed']} dense layers streamed" if plan["dense_layers_streamed"] else ""
     return (
         f"plan: {plan['num_batches']} x {plan['batch_size']} rows (n x bs), {plan['prefetch_experts']} experts read ahead "
-        f"(K), {plan['expert_slots']} of {plan['experts']} experts in memory, keys and values "
-        f"{'on disk' if plan['kv_on_disk'] else 'in memory'}{streamed}; bottleneck: {plan['bottleneck']}; "
+        f"(K), {plan['expert_slots']} of {plan['experts']} experts {names.there}, keys and values "
+        f"{names.away if plan['kv_on_disk'] else names.there}{streamed}; bottleneck: {names.bottleneck(plan['bottleneck'])}; "
         f"{_rate(stats['generated_tokens_per_s'])} tokens/s measured, {_rate(plan['predicted_tokens_per_s'])} predicted "
         f"({plan['bound_frac']:.0%} of what perfect overlap would give; costs {plan['costs']})"
     )
@@ -99,6 +107,9 @@ def summary(stats: Mapping[str, Any]) -> Iterator[str]:
         f"peak memory {format_bytes(added_bytes)} of a budget of {format_bytes(stats['budget_bytes'])}"
         f"{' on rank 0' * ('parallel' in stats)}"
     )
+    if "device_peak_bytes" in stats:
+        peak_bytes, budget_bytes = stats["device_peak_bytes"], stats["device_budget_bytes"]
+        yield f"peak device memory {format_bytes(peak_bytes)} of a budget of {format_bytes(budget_bytes)}"
     for phase in ("prefill", "decode"):
         ahead = stats.get(f"{phase}_ahead")
         if ahead is not None and ahead["named"]:

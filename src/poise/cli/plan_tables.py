@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from poise.cli.tier_names import TierNames, tier_names
 from poise.units import format_bytes, format_s
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ JSON_VERSION = 1
 
 def plan_as_json(drawn: Blueprint, workload: Workload, plan: PipelinePlan) -> dict[str, Any]:
     """What --json prints: model, requests, and the plan with everything that the tables show."""
-    spec, decode = drawn.spec, plan.decode
+    spec, decode, tier = drawn.spec, plan.decode, drawn.tier
+    device = None if tier is None else {"device": str(tier.device), "experts_in_dram": tier.host_slots}
     return {
         "version": JSON_VERSION,
         "model": asdict(spec),
@@ -33,6 +35,7 @@ def plan_as_json(drawn: Blueprint, workload: Workload, plan: PipelinePlan) -> di
             "prompt_tokens": sum(workload.prompt_tokens),
             "new_tokens": sum(workload.new_tokens),
         },
+        "device": device,
         "budget_bytes": plan.budget_bytes,
         "memory_bytes": plan.memory_bytes,
         "group": asdict(plan.group),
@@ -63,19 +66,24 @@ def print_plan(drawn: Blueprint, workload: Workload, plan: PipelinePlan) -> None
     """Prints the tables on standard output."""
     from rich.console import Console
 
-    console = Console()
-    for table in (_summary(drawn, workload, plan), _tiers(plan), _inequalities(plan), _ranking(plan)):
+    from poise.engine.facts import model_facts
+
+    console, names = Console(), tier_names(model_facts(drawn))
+    summary = _summary(drawn, workload, plan, names)
+    for table in (summary, _tiers(plan, names), _inequalities(plan), _ranking(plan, names)):
         console.print(table)
 
 
-def _summary(drawn: Blueprint, workload: Workload, plan: PipelinePlan) -> Table:
-    spec, group, decode = drawn.spec, plan.group, plan.decode
+def _summary(drawn: Blueprint, workload: Workload, plan: PipelinePlan, names: TierNames) -> Table:
+    spec, group, decode, tier = drawn.spec, plan.group, plan.decode, drawn.tier
     count = workload.num_requests
     prompt, new = sum(workload.prompt_tokens) / count, sum(workload.new_tokens) / count
     experts = "experts in 4 bits" if drawn.options.quantize == "int4" else spec.dtype
+    where = "" if tier is None else f" of {tier.device} and {format_bytes(drawn.budget_bytes)} of DRAM"
     table = _table(
-        f"{spec.architecture}, {format_bytes(spec.total_bytes)} ({experts}), in {format_bytes(plan.budget_bytes)}"
+        f"{spec.architecture}, {format_bytes(spec.total_bytes)} ({experts}), in {format_bytes(plan.budget_bytes)}{where}"
     )
+    in_dram = "" if tier is None else f", where {tier.host_slots:,} of {sum(spec.experts_L):,} experts fit"
     for name, value in (
         ("requests", f"{count:,} of {prompt:.0f} tokens, continued by up to {new:.0f}"),
         ("batch group", f"{group.num_batches} batches of {group.batch_size}"),
@@ -86,14 +94,14 @@ def _summary(drawn: Blueprint, workload: Workload, plan: PipelinePlan) -> Table:
             "with perfect overlap",
             f"{plan.bound_tokens_per_s:.3g} tokens/s by the costs and routing below; {plan.bound_frac:.0%} of it is predicted",
         ),
-        ("bottleneck", plan.bottleneck),
+        ("bottleneck", names.bottleneck(plan.bottleneck)),
         (
             "a decode pass",
-            f"{format_s(decode.seconds)}: disk {format_s(decode.disk_s)}, compute {format_s(decode.compute_s)}, "
+            f"{format_s(decode.seconds)}: {names.way} {format_s(decode.disk_s)}, compute {format_s(decode.compute_s)}, "
             f"behind nothing {format_s(decode.exposed_s)}",
         ),
         ("", f"uses {decode.active:.0f} experts and reads {decode.missing:.0f}"),
-        ("disk", f"{drawn.costs.layers.disk_bytes_per_s / 1e9:.2f} GB/s"),
+        (names.below, f"{drawn.costs.layers.disk_bytes_per_s / 1e9:.2f} GB/s{in_dram}"),
         ("costs", drawn.costs.source),
         ("routing", drawn.routing.source),
     ):
@@ -102,11 +110,13 @@ def _summary(drawn: Blueprint, workload: Workload, plan: PipelinePlan) -> Table:
     return table
 
 
-def _tiers(plan: PipelinePlan) -> Table:
+def _tiers(plan: PipelinePlan, names: TierNames) -> Table:
     table = _table("What lies where", "tier", "what", "count", "bytes")
     for place in plan.tiers:
         count = "" if place.count is None else f"{place.count:,}"
-        table.add_row(place.tier, place.what, count, format_bytes(place.nbytes))
+        table.add_row(
+            names.memory if place.tier == "memory" else names.below, place.what, count, format_bytes(place.nbytes)
+        )
     return table
 
 
@@ -117,7 +127,7 @@ def _inequalities(plan: PipelinePlan) -> Table:
     return table
 
 
-def _ranking(plan: PipelinePlan) -> Table:
+def _ranking(plan: PipelinePlan, names: TierNames) -> Table:
     columns = ("n x bs", "K", "expert slots", "caches", "dense layers streamed", "tokens/s")
     table = _table("Best plan of each batch group", *columns)
     rows = (
@@ -146,7 +156,7 @@ def _ranking(plan: PipelinePlan) -> Table:
             f"{group.num_batches} x {group.batch_size}",
             str(ahead),
             str(slots),
-            "disk" if on_disk else "memory",
+            names.below if on_disk else names.memory,
             str(streamed),
             f"{speed:.3g}",
         )

@@ -47,6 +47,7 @@ commands = typer.Typer()
     epilog="Examples:\n\n"
     'poise generate ./OLMoE-1B-7B "The capital of France is" --max-tokens 32\n\n'
     "poise generate ./Mixtral-8x7B --prompts in.jsonl --output out.jsonl --memory 16GiB --resume\n\n"
+    "poise generate ./Mixtral-8x7B --prompts in.jsonl --output out.jsonl --device cuda --device-memory 24GiB\n\n"
     "torchrun --nproc-per-node 2 -m poise generate ./OLMoE-1B-7B --prompts in.jsonl --expert-parallel",
 )
 def generate(
@@ -125,7 +126,8 @@ def generate(
 @commands.command(
     epilog="Examples:\n\n"
     "poise plan ./Mixtral-8x7B --memory 16GiB --prompts in.jsonl\n\n"
-    "poise plan ./OLMoE-1B-7B --memory 4GiB --num-requests 256 --prompt-tokens 512 --max-tokens 32",
+    "poise plan ./OLMoE-1B-7B --memory 4GiB --num-requests 256 --prompt-tokens 512 --max-tokens 32\n\n"
+    "poise plan ./Mixtral-8x7B --device cuda --device-memory 24GiB --num-requests 256 --prompt-tokens 512",
 )
 def plan(
     model: Model,

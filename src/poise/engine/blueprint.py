@@ -178,12 +178,15 @@ class Blueprint:
 
     def corrected(self, probed: Probed) -> Blueprint:
         """The same with what forwards of the loaded model showed."""
+        tier, options = self.tier, self.options
         pipeline = replace(
             self.pipeline,
             spec=replace(self.spec, top_k=probed.top_k),
             cache=probed.cache,
             activation=replace(self.pipeline.activation, top_k=probed.top_k),
-            may_move_cache=_may_move_cache(self.options, probed) if self.tier is None else (False,),
+            may_move_cache=(
+                _may_move_cache(options, probed) if tier is None else tier.may_move_cache(options, probed.cache)
+            ),
         )
         return replace(self, pipeline=pipeline)
 
@@ -234,7 +237,7 @@ def draw_up(
         int4_costs = options.quantize == "int4"
         costs = layer_costs(machine, meta, modules, dtype.dtype, pipeline.spec, int4=int4_costs)
     else:
-        pipeline = on_device(pipeline, tier)
+        pipeline = on_device(pipeline, tier, meta.config, options)
         costs = device_costs(tier, pipeline.spec, dtype.dtype, layout)
     return Blueprint(
         options=options,

@@ -47,7 +47,7 @@ class Executor:
         self._kv = kv
         self._listeners = listeners
         self._seam_listeners = seam_listeners
-        self._outputs: list[torch.Tensor] = []
+        self._outputs: list[torch.Tensor | None] = []
 
     def run(self, schedule: Schedule) -> list[torch.Tensor]:
         """Returns each batch's result. Whatever it raises, the forwards are the caller's to end."""
@@ -89,7 +89,9 @@ class Executor:
         if forward.is_at_door:
             forward.go_on()
         elif forward.parked is not None:
-            forward.resume(self._outputs[batch])
+            output_TH, self._outputs[batch] = self._outputs[batch], None
+            assert output_TH is not None, "a batch takes what its experts gave it once"
+            forward.resume(output_TH)
         else:
             forward.start()
 
@@ -114,7 +116,8 @@ class Executor:
 
     def _experts(self, step: Step) -> None:
         parked = self._all_parked(step.layer)
-        self._outputs = run_experts(self._store, parked, self._real, layer=step.layer, timeline=self._store.timeline)
+        timeline = self._store.timeline
+        self._outputs = [*run_experts(self._store, parked, self._real, layer=step.layer, timeline=timeline)]
 
     def _all_parked(self, layer: int) -> list[Parked]:
         return [self._parked(batch, layer) for batch in range(len(self._forwards))]

@@ -31,6 +31,7 @@ def model_facts(drawn: Blueprint) -> dict[str, object]:
             "device": str(tier.device),
             "device_budget_bytes": tier.budget_bytes,
             "experts_in_dram": tier.host_slots,
+            "experts": sum(spec.experts_L),
         }
     if drawn.int4 is not None:
         facts |= {"int4_store": str(drawn.int4.directory), "int4_weight_error": round(drawn.int4.weight_error, 4)}

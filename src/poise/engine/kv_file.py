@@ -12,6 +12,7 @@ from poise.engine.batch import Row, final_tokens, in_batches
 from poise.errors import UsageError
 from poise.model.cache import make_cache, movable_layers, needs_equal_rows
 from poise.model.read_plan import ALIGNMENT
+from poise.offload.kv_places import FilePlace
 from poise.offload.kv_stream import KvStream
 from poise.offload.scratch import too_full
 from poise.plan.group import GroupShape
@@ -30,7 +31,7 @@ def open_kv(directory: str | Path | None) -> KvStream:
         )
     if not os.access(path, os.W_OK):
         raise UsageError(f"scratch_directory {path} cannot be written to; give another")
-    return KvStream(path)
+    return KvStream(FilePlace(path))
 
 
 def can_hold_kv(directory: str | Path | None) -> bool:
@@ -65,6 +66,7 @@ def _up(nbytes: int) -> int:
 
 def refuse_if_disk_is_full(kv: KvStream, nbytes: int) -> None:
     """Before anything runs: raises UsageError when the caches of the rows that run at once do not fit on the disk."""
-    status = os.statvfs(kv.directory)
+    assert isinstance(kv.place, FilePlace), "caches on disk lie in files"
+    status = os.statvfs(kv.place.directory)
     if nbytes > status.f_bavail * status.f_frsize:
-        raise too_full(kv.directory, nbytes)
+        raise too_full(kv.place.directory, nbytes)

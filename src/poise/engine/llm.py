@@ -19,7 +19,7 @@ import torch
 from poise.engine.batch import Row
 from poise.engine.blueprint import READER_THREADS, Blueprint, Options, draw_up
 from poise.engine.dense_weights import DenseWeights, load_resident
-from poise.engine.device_tier import open_device_store
+from poise.engine.device_tier import open_device_kv, open_device_store
 from poise.engine.facts import model_facts, plan_facts
 from poise.engine.finite import cause_of_not_finite
 from poise.engine.footprint import give_back_freed_memory, peak_resident_bytes, return_freed_memory
@@ -67,13 +67,13 @@ class LLM:
     ``expert_slots`` caps the experts held in memory below what the budget allows. ``dense_layers``: how many layers' dense
     weights stay in memory, the others being read in every pass; None: as many as is fastest, decided anew for each call.
     ``kv_on_disk``: keys and values of batches that are not computing lie in an unnamed file in ``scratch_directory`` (None:
-    where temporary files go); None: where that is planned to be faster. ``machine``: what this machine was measured to take, or
-    the file that `poise profile` wrote; None: measured briefly, once. ``policy``: how passes run. ``correlation_table``: what
-    `poise record --table` or ``save_table`` wrote, else it is learnt while generating; ``learns_table``: also if none streams.
-    ``lookahead``: with a predictor of each layer's routing, ``LLM.lookahead``. ``groups``: (batch size, batches) among
-    which to choose; None: any. ``expected``: what ``generate`` will be given, if that is known; what is wrong with it is then
-    said before weights are read. Raises UsageError (CheckpointError, BudgetError) with one clear line for anything that cannot
-    run.
+    where temporary files go), behind a device in DRAM; None: where that is planned to be faster. ``machine``: what this machine
+    was measured to take, or the file that `poise profile` wrote; None: measured briefly, once. ``policy``: how passes run.
+    ``correlation_table``: what `poise record --table` or ``save_table`` wrote, else it is learnt while generating;
+    ``learns_table``: also if none streams. ``lookahead``: with a predictor of each layer's routing, ``LLM.lookahead``.
+    ``groups``: (batch size, batches) among which to choose; None: any. ``expected``: what ``generate`` will be given, if that
+    is known; what is wrong with it is then said before weights are read. Raises UsageError (CheckpointError, BudgetError) with
+    one clear line for anything that cannot run.
     """
 
     def __init__(
@@ -186,6 +186,12 @@ class LLM:
         """The most that torch has given out of a GPU's memory since the process began; None where the CPU computes."""
         device = self._blueprint.device
         return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+
+    @property
+    def device_budget_bytes(self) -> int | None:
+        """What may lie on the device that experts are copied to; None where there is none."""
+        tier = self._blueprint.tier
+        return None if tier is None else tier.budget_bytes
 
     def describe(self) -> dict[str, object]:
         """Plain numbers about the model and, after a call of ``generate``, the plan it ran under."""
@@ -356,11 +362,13 @@ class LLM:
         self._runner.dense = dense.stream
 
     def _use_kv(self, plan: PipelinePlan, rows: Sequence[Row]) -> None:
-        """Opens the caches' file where the plan has them on disk. Raises UsageError when they do not fit there."""
+        """Opens what holds the caches that leave memory, as planned. Raises UsageError when they do not fit on the disk."""
+        tier = self._blueprint.tier
         if plan.cache_on_disk and self._kv is None:
-            self._kv = open_kv(self._blueprint.options.scratch_directory)
+            directory = self._blueprint.options.scratch_directory
+            self._kv = open_kv(directory) if tier is None else open_device_kv(tier)
         self._runner.kv = kv = self._kv if plan.cache_on_disk else None
-        if kv is not None:
+        if kv is not None and tier is None:
             each = self._blueprint.pipeline.cache.movable_bytes_per_token
             needed = kv_file_bytes(self._blueprint.model, rows, plan.group, bytes_per_token=each)
             refuse_if_disk_is_full(kv, needed)

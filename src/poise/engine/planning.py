@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from poise.model.dense import dense_nbytes
 from poise.model.fingerprint import model_fingerprint
 from poise.model.inspect import ExpertsModule
 from poise.model.layout import CheckpointLayout
+from poise.plan.device_memory import DeviceActivationSpec
 from poise.plan.memory import ActivationSpec
 from poise.plan.passes import LayerCosts
 from poise.plan.routing import Routing
@@ -162,6 +164,15 @@ def activation_spec(model: Any, spec: ModelSpec, layout: CheckpointLayout, *, it
         materialised_heads=_materialised_heads(model.config),
         repeated_width=_repeated_width(model.config),
     )
+
+
+def on_accelerator(activation: ActivationSpec, config: Any) -> DeviceActivationSpec:
+    """The same on an accelerator. Its fused kernels want keys of all heads, or 16 bits: else scores are written out."""
+    heads = activation.materialised_heads
+    if activation.itemsize >= torch.float32.itemsize and activation.repeated_width:
+        heads = int(config.get_text_config().num_attention_heads)
+    fields = {each.name: getattr(activation, each.name) for each in dataclasses.fields(activation)}
+    return DeviceActivationSpec(**fields | {"materialised_heads": heads})
 
 
 def _repeated_width(config: Any) -> int:

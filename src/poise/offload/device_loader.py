@@ -1,8 +1,9 @@
-"""From DRAM onto a device: one thread that copies experts into slots there, each as soon as it is in DRAM.
+"""From DRAM onto a device: a thread that copies experts into slots there, each as soon as it is in DRAM; one awaits the copies.
 
 A ``Supplier`` whose tier below is ``HostTier``. An expert may be taken when its copy has been queued: what computes with it
 waits on the device, not here (``lanes``). A copy waits in the same way for the last compute with what was in its slot before.
-Few copies are queued at a time, so that an expert that is asked for late does not stand behind many that were foreseen.
+Few copies are queued at a time, so that an expert that is asked for late does not stand behind many that were foreseen. Who
+queues copies never sleeps until one has ended: with one slot the bus would idle for that thread's waking after every expert.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
 
@@ -66,11 +66,14 @@ class DeviceLoader:
         self._slots: list[_Slot] = []
         self._timeline: Timeline | None = None
         self._jobs: queue.SimpleQueue[_Copy | None] = queue.SimpleQueue()
-        thread = threading.Thread(
-            target=_work, args=(self._jobs, lane, host), name="poise-reader-to-device", daemon=True
-        )
-        thread.start()
-        self._end = weakref.finalize(self, _end, self._jobs, thread)
+        line = _Line(lane=lane, host=host)
+        threads = [
+            threading.Thread(target=_queue_copies, args=(self._jobs, line), name="poise-reader-to-device", daemon=True),
+            threading.Thread(target=_await_copies, args=(line,), name="poise-reader-of-copies", daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        self._end = weakref.finalize(self, _end, self._jobs, threads)
         self._end.atexit = False
 
     @property
@@ -152,48 +155,73 @@ class DeviceLoader:
         self.host.close()
 
 
-def _work(jobs: queue.SimpleQueue[_Copy | None], lane: Lane, host: HostTier) -> None:
-    queued: deque[tuple[_Copy, Mark, int]] = deque()
-    while _do_next(jobs, lane, host, queued):
+@dataclass(slots=True)
+class _Queued:
+    """A copy that the lane has been told of; it is there at ``mark``."""
+
+    job: _Copy
+    mark: Mark
+    began_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """Copies between the thread that queues them and the one that awaits them: no more than ``room`` allows."""
+
+    lane: Lane
+    host: HostTier
+    queued: queue.SimpleQueue[_Queued | None] = field(default_factory=queue.SimpleQueue)
+    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(QUEUED_COPIES))
+
+
+def _queue_copies(jobs: queue.SimpleQueue[_Copy | None], line: _Line) -> None:
+    while _queue_next(jobs, line):
         pass
 
 
-def _do_next(
-    jobs: queue.SimpleQueue[_Copy | None], lane: Lane, host: HostTier, queued: deque[tuple[_Copy, Mark, int]]
-) -> bool:
-    """Queues a copy, or waits for the first of those that are queued; False for the end. Nothing of a copy is held then."""
-    if queued and (len(queued) >= QUEUED_COPIES or jobs.empty()):
-        _await_first(lane, host, queued)
-        return True
+def _queue_next(jobs: queue.SimpleQueue[_Copy | None], line: _Line) -> bool:
+    """Queues the next copy when there is room; False for the end. Nothing of a copy is held then."""
     job = jobs.get()
     if job is None:
-        while queued:
-            _await_first(lane, host, queued)
+        line.queued.put(None)
         return False
+    line.room.acquire()
     began_ns = perf_counter_ns()
     try:
         weights, copies = laid_out_on_device(job.weights, job.slot.memory_B)
-        job.slot.copied = lane.copy(copies, after=job.after)
+        job.slot.copied = mark = line.lane.copy(copies, after=job.after)
     except Exception as error:  # noqa: BLE001 - carried to the compute thread, raised by the store's take()
-        host.give_back(job.key)
+        line.room.release()
+        line.host.give_back(job.key)
         job.done(job.key, None, error)
         return True
-    queued.append((job, job.slot.copied, began_ns))
+    line.queued.put(_Queued(job, mark, began_ns))
     job.done(job.key, weights, None)
     return True
 
 
-def _await_first(lane: Lane, host: HostTier, queued: deque[tuple[_Copy, Mark, int]]) -> None:
-    job, mark, began_ns = queued[0]
-    lane.host_waits(mark)
-    queued.popleft()
-    host.give_back(job.key)
+def _await_copies(line: _Line) -> None:
+    while _await_next(line):
+        pass
+
+
+def _await_next(line: _Line) -> bool:
+    """Waits for the first copy that is queued; False for the end."""
+    first = line.queued.get()
+    if first is None:
+        return False
+    line.lane.host_waits(first.mark)
+    line.room.release()
+    job = first.job
+    line.host.give_back(job.key)
     if job.timeline is not None:
-        nbytes = weights_nbytes(host.source(job.key))
-        job.timeline.add(COPY, job.label, began_ns, layer=job.key[0], expert=job.key[1], bytes=nbytes)
+        nbytes = weights_nbytes(line.host.source(job.key))
+        job.timeline.add(COPY, job.label, first.began_ns, layer=job.key[0], expert=job.key[1], bytes=nbytes)
+    return True
 
 
-def _end(jobs: queue.SimpleQueue[_Copy | None], thread: threading.Thread) -> None:
+def _end(jobs: queue.SimpleQueue[_Copy | None], threads: Sequence[threading.Thread]) -> None:
     jobs.put(None)
-    if thread is not threading.current_thread():  # a collection of garbage may run on any thread
-        thread.join()
+    for thread in threads:
+        if thread is not threading.current_thread():  # a collection of garbage may run on any thread
+            thread.join()

@@ -1,10 +1,10 @@
-"""Keys and values of batches that are not computing lie in scratch files; two batches' share of one layer is in memory.
+"""Keys and values of batches that are not computing lie elsewhere; two batches' share of one layer is in memory.
 
 A cache layer of transformers is replaced by one whose ``update`` brings the past of its batch into a slot, writes the new
-tokens behind it, in the slot and to disk, and returns views of the slot. Meanwhile the other slot is filled for the batch
-that comes next. On disk each (batch, layer) has a region for the batch's final length, one record per token: keys and values
-of all its rows side by side. So a pass reads one stretch and appends one, whose first block is rewritten from the slot: no
-tail is kept in memory. Sliding windows and recurrent states are small and stay where they are (``model.cache``).
+tokens behind it, in the slot and there, and returns views of the slot. Meanwhile the other slot is filled for the batch
+that comes next. Elsewhere is a file, or DRAM behind a device (``kv_places``): each (batch, layer) has a stretch for the batch's
+final length, one record per token: keys and values of all its rows side by side. So a pass reads one stretch and appends one,
+whose first block is rewritten from the slot: no tail is kept in memory. Windows and recurrent states stay where they are.
 
 Contract: one thread; an attention has ended when the next ``update`` comes. Legend: B rows, H heads, T tokens, D head size.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
@@ -22,11 +21,10 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from poise.model.arena import Arena
 from poise.model.cache import movable_layers
 from poise.model.cache_record import CacheRecord, copy_rows
 from poise.model.read_plan import ALIGNMENT
-from poise.offload.scratch import Job, Scratch, ScratchThread
+from poise.offload.kv_places import KvPlace, KvSlots, Move, Region
 from poise.spec.timeline import COMPUTE, Timeline
 
 
@@ -42,17 +40,17 @@ class KvCounters:
 class _DiskLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no types
     """Stands for one layer of a cache. ``rows``: those of each record on disk; ``keep``: which of them are still wanted."""
 
-    def __init__(self, stream: KvStream, scratch: Scratch, rows: int, final_tokens: int) -> None:
+    def __init__(self, stream: KvStream, region: Region, rows: int, final_tokens: int) -> None:
         super().__init__()
         self.stream = stream
-        self.scratch = scratch
+        self.region = region
         self.rows = rows
         self.final_tokens = final_tokens
         self.tokens = 0
         self.keep: list[int] | None = None
         self.record: CacheRecord | None = None
         self.begin = 0
-        """Of its region in the file."""
+        """Of its stretch in the region."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -80,17 +78,16 @@ class _Slot:
     """``layer``: whose past it holds, once ``job`` is done."""
 
     layer: _DiskLayer | None = None
-    job: Job | None = None
+    job: Move | None = None
 
 
 class KvStream:
-    """Caches whose attention layers lie on disk. ``directory``: where the scratch files are made, one per batch."""
+    """Caches whose attention layers lie in ``place``, which it owns."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._thread = ScratchThread()
-        self._scratch_of: dict[int, tuple[Any, Scratch]] = {}
-        self._arena: Arena | None = None
+    def __init__(self, place: KvPlace) -> None:
+        self.place = place
+        self._region_of: dict[int, tuple[Any, Region]] = {}
+        self._memory_of_slots: KvSlots | None = None
         self._slots = (_Slot(), _Slot())
         self._computing = 0
         self._group: list[list[_DiskLayer]] = []
@@ -102,50 +99,51 @@ class KvStream:
         self.counters = KvCounters()
 
     def adopt(self, model: Any, cache: DynamicCache, *, rows: int, final_tokens: int) -> None:
-        """Moves an empty cache's attention layers to disk, for ``rows`` sequences of at most ``final_tokens`` tokens.
+        """Moves an empty cache's attention layers there, for ``rows`` sequences of at most ``final_tokens`` tokens.
 
-        Raises UsageError where no file can be made; a disk that is too full says so in the first pass.
+        Raises UsageError where no file can be made; a place that is too full says so in the first pass.
         """
         places = movable_layers(model, cache)
         if not places:
             return
-        scratch = Scratch(self.directory)
-        self._scratch_of[id(cache)] = cache, scratch
+        region = self.place.open()
+        self._region_of[id(cache)] = cache, region
         for place in places:
-            cache.layers[place] = _DiskLayer(self, scratch, rows, final_tokens)
+            cache.layers[place] = _DiskLayer(self, region, rows, final_tokens)
 
     def forget(self, cache: Any) -> None:
-        """Gives back the disk's space of a cache that is used no more; any other cache is fine too."""
-        if id(cache) not in self._scratch_of:
+        """Gives back the space of a cache that is used no more; any other cache is fine too."""
+        if id(cache) not in self._region_of:
             return
-        _, scratch = self._scratch_of.pop(id(cache))
+        _, region = self._region_of.pop(id(cache))
         for slot in self._slots:
-            if slot.layer is not None and slot.layer.scratch is scratch:
+            if slot.layer is not None and slot.layer.region is region:
                 slot.layer = None
             # Whatever is under way in a slot, of this cache or not, has been submitted behind all of this cache's writes.
             if slot.job is not None:
-                slot.job.done.wait()
+                slot.job.finish()
         self._group, self._place_of = [], {}
         self._coming.clear()
-        scratch.close()
+        region.close()
 
     def forget_all(self) -> None:
         """Gives back all the space and the slots' memory, between calls and after an error."""
-        for cache, _ in list(self._scratch_of.values()):
+        for cache, _ in list(self._region_of.values()):
             self.forget(cache)
         self._slots = (_Slot(), _Slot())
-        self._arena = None
+        self._memory_of_slots = None
 
     def close(self) -> None:
-        """Ends the thread and gives everything back. Safe to call twice."""
+        """Gives everything back, and ends the place. Safe to call twice."""
         self.forget_all()
-        self._thread.close()
+        self.place.close()
 
     def begin_pass(self, caches: Sequence[Any]) -> None:
         """Says which caches take part, in which order."""
         self._group = [[layer for layer in cache.layers if isinstance(layer, _DiskLayer)] for cache in caches]
         self._place_of = {id(layer): place for layers in self._group for place, layer in enumerate(layers)}
         self._coming.clear()
+        self.place.note_in(self.timeline)
 
     def expect(self, stretch: int, batch: int) -> None:
         """Says which attention comes behind those already expected; its past is read as soon as a slot is free for it.
@@ -225,33 +223,34 @@ class KvStream:
 
     def _submit(self, slot: int, layer: _DiskLayer, begin: int, end: int, *, is_write: bool) -> None:
         assert layer.record is not None, "a layer without a shape has no region"
-        assert self._arena is not None, "there are no slots"
-        memory = self._arena.view_of(slot, begin, end - begin)
-        job = Job(layer.scratch, is_write, layer.begin + begin, memory, self.timeline)
+        memory = self._memory_of_slots
+        assert memory is not None, "there are no slots"
         if is_write:
             self.counters.bytes_written += end - begin
         else:
             self.counters.bytes_read += end - begin
-        self._slots[slot].job = job
-        self._thread.submit(job)
+        move = self.place.move(layer.region, layer.begin + begin, memory, slot, begin, end, is_write=is_write)
+        self._slots[slot].job = move
 
     def _memory(self, slot: int, tokens: int, rows: int, record: CacheRecord) -> torch.Tensor:
         """The first tokens of a slot, shape (T, B, record)."""
-        assert self._arena is not None, "there are no slots"
-        return record.tokens_TBW(self._arena.bytes_of(slot, 0, tokens * record.stride_bytes(rows)), tokens, rows)
+        assert self._memory_of_slots is not None, "there are no slots"
+        return record.tokens_TBW(
+            self._memory_of_slots.bytes_of(slot, 0, tokens * record.stride_bytes(rows)), tokens, rows
+        )
 
     def _make_region(self, layer: _DiskLayer, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor) -> CacheRecord:
-        """Takes the disk's space and, where the slots are too small for it, makes new ones."""
+        """Takes the space and, where the slots are too small for it, makes new ones."""
         layer.record = record = CacheRecord.of(keys_BHTD, values_BHTD)
-        layer.begin = layer.scratch.grow(layer.final_tokens * record.stride_bytes(layer.rows))
+        layer.begin = layer.region.grow(layer.final_tokens * record.stride_bytes(layer.rows))
         layer.is_initialized = True
-        if self._arena is None or self._arena.slot_bytes < layer.region_bytes():
+        if self._memory_of_slots is None or self._memory_of_slots.slot_bytes < layer.region_bytes():
             for slot in self._slots:
                 if slot.job is not None:
                     slot.job.wait()
             self._slots = (_Slot(), _Slot())
-            self._arena = None
-            self._arena = Arena(len(self._slots), layer.region_bytes())
+            self._memory_of_slots = None
+            self._memory_of_slots = self.place.slots(len(self._slots), layer.region_bytes())
         return record
 
 

@@ -109,9 +109,13 @@ class Job:
 
     def wait(self) -> None:
         """Until it is done. Raises ReadError when it failed."""
-        self.done.wait()
+        self.finish()
         if self.error is not None:
             raise self.error
+
+    def finish(self) -> None:
+        """Until it is done, or has failed."""
+        self.done.wait()
 
 
 class ScratchThread:

@@ -54,16 +54,16 @@ class ActivationSpec:
         chunk_tokens: int,
         context_tokens: int,
         pass_tokens: int | None = None,
+        is_masked: bool = True,
     ) -> int:
         """Peak bytes of a pass: every batch parked at its experts, one of them inside a layer.
 
-        ``pass_tokens`` bounds the prompt tokens of a pass, but for one batch's chunk, which always goes.
+        ``pass_tokens`` bounds the prompt tokens of a pass, but for one batch's chunk, which always goes. ``is_masked``: whether
+        attention gets a mask in some pass; what that takes is counted in any case.
         """
         wide = max(self.itemsize, WIDE_BYTES)
         batch_tokens = batch_size * chunk_tokens
-        all_tokens = num_batches * batch_tokens
-        if pass_tokens is not None:
-            all_tokens = min(all_tokens, max(batch_tokens, pass_tokens) + num_batches * batch_size)
+        all_tokens = self.most_tokens(batch_tokens, num_batches, batch_size, pass_tokens)
         parked = all_tokens * ((self.top_k + 4) * self.hidden * self.itemsize + self.top_k * 40)
         inside = batch_tokens * ((8 * self.hidden + 4 * self.width) * self.itemsize + (self.hidden + self.width) * wide)
         scores = batch_tokens * context_tokens * (8 + 12 * self.materialised_heads)
@@ -75,6 +75,14 @@ class ActivationSpec:
         block = min(WIDE_BLOCK_BYTES, largest) if self.itemsize < WIDE_BYTES else 0
         whole = parked + inside + expert + scores + repeated + logits + block
         return whole + whole // ACTIVATION_SLACK
+
+    @staticmethod
+    def most_tokens(batch_tokens: int, num_batches: int, batch_size: int, pass_tokens: int | None) -> int:
+        """Tokens of a pass at the most; rows that decode go beside the prompts of others."""
+        everything = num_batches * batch_tokens
+        if pass_tokens is None:
+            return everything
+        return min(everything, max(batch_tokens, pass_tokens) + num_batches * batch_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,8 +5,9 @@ by batch, then every active expert once; the disk brings what is not in memory m
 
 Beyond the paper (section 5): caches that lie on disk, dense layers that stream, experts that stay in memory, and what K buys.
 The reads that a layer needs are known when its first batch has passed the router; until then the disk may only read K ahead.
-So from the end of one layer's experts to the end of the next's it takes the longest of three: all compute; all reads; the
-first batch's attention, then the reads that are not ahead, then the expert that came last.
+So from the end of one layer's experts to the end of the next's it takes the longest of four: all compute; all reads; the
+first batch's attention, then the reads that are not ahead, then the expert that came last; and all batches' attention, then the
+reads for which no slot was free before.
 """
 
 from __future__ import annotations
@@ -76,13 +77,19 @@ class PassShape:
 class Held:
     """What is where. ``resident`` experts stay in memory, the disk may read ``ahead`` experts before they are asked for;
     ``streamed_bytes`` of dense weights are read in each pass, and caches, ``cache_bytes_per_token``, where they lie on disk.
-    ``is_single``: all experts pass through one slot, each read only when the one before has computed."""
+    ``slots``: experts that fit at once, where these may be fewer than a layer has: until every batch has passed the router
+    none of them is free again."""
 
     resident: int
     ahead: int
     streamed_bytes: int
     cache_bytes_per_token: int
-    is_single: bool = False
+    slots: int | None = None
+
+    @property
+    def is_single(self) -> bool:
+        """Whether all experts pass through one slot, each read only when the one before has computed."""
+        return self.slots == 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,12 +145,13 @@ class _Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Parts:
-    """What one layer reads: ``missing`` experts, ``late`` of them after its first batch; experts whose compute hides no read,
-    usually the one that came last, take ``tail_s``."""
+    """What one layer reads: ``missing`` experts, ``late`` of them after its first batch, ``last`` after the last one's router;
+    experts whose compute hides no read, usually the one that came last, take ``tail_s``."""
 
     expert_io_s: float
     missing: float
     late: float
+    last: float
     dense_io_s: float
     cache_io_s: float
     tail_s: float
@@ -152,11 +160,20 @@ class _Parts:
 class PassTimer:
     """Times passes of one model on one machine; remembers what it has worked out.
 
-    ``num_layers`` counts all decoder layers, the routing's rows those with experts.
+    ``num_layers`` counts all decoder layers, the routing's rows those with experts. ``under_way``: as ``UNDER_WAY`` says.
     """
 
-    def __init__(self, costs: LayerCosts, routing: Routing, *, expert_bytes: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        costs: LayerCosts,
+        routing: Routing,
+        *,
+        expert_bytes: int,
+        num_layers: int,
+        under_way: int = UNDER_WAY,
+    ) -> None:
         self._costs = costs
+        self._under_way = under_way
         self._routing = routing
         self._moe_layers = len(routing.choice_LE)
         self._plain_layers = max(0, num_layers - self._moe_layers)
@@ -216,7 +233,8 @@ class PassTimer:
         batches = shape.num_batches
         first_s = before_s + max(work.first_s, parts.cache_io_s / batches)
         rest_io_s = parts.cache_io_s * (batches - 1) / batches + parts.late * parts.expert_io_s
-        return max(compute_s, disk_s, first_s + rest_io_s + parts.tail_s)
+        all_s = before_s + work.attention_s + parts.last * parts.expert_io_s
+        return max(compute_s, disk_s, max(first_s + rest_io_s, all_s) + parts.tail_s)
 
     def _parts(self, shape: PassShape, work: _Work, held: Held) -> _Parts:
         layers = self._moe_layers + self._plain_layers
@@ -226,7 +244,8 @@ class PassTimer:
         return _Parts(
             expert_io_s=self._expert_io_s,
             missing=missing,
-            late=max(missing - max(held.ahead - UNDER_WAY, 0), 0.0),
+            late=max(missing - max(held.ahead - self._under_way, 0), 0.0),
+            last=max(missing - held.slots, 0.0) if held.slots is not None else 0.0,
             dense_io_s=held.streamed_bytes / self._rate / layers,
             cache_io_s=held.cache_bytes_per_token * moved_tokens / self._rate / layers,
             tail_s=expert_s * (max(missing, 1.0) if held.is_single else 1.0),

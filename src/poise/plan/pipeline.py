@@ -22,7 +22,8 @@ from poise.plan.tiers import Placed, num_resident, tiers_of
 from poise.plan.workload import Stage, Workload, decode_shape, stages
 from poise.units import format_bytes
 
-AHEAD = (1, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
+AHEAD = (1, 2, 4, 6, 8, 12, 20, 28, 44, 60)
+"""Experts read ahead beyond those under way; and one in any case."""
 ALTERNATIVES = 5
 PATIENCE = 2
 """A further step in the same direction is tried so many times without gain: times are convex but for whole slots."""
@@ -138,6 +139,8 @@ def plan_pipeline(
     assert smallest is not None, "there is always a candidate"
     if not fitted:
         raise _too_small(model, smallest, memory_bytes)
+    enough = max(min(each.num_slots, model.wanted_slots) for each in fitted)
+    fitted = [each for each in fitted if each.num_slots >= enough]
     fastest_s = min(each.seconds for each in fitted)
     best, *others = sorted(fitted, key=lambda each: each.rank(fastest_s))
     return search.plan(best, _alternatives(best, others, sum(workload.new_tokens)))
@@ -167,7 +170,9 @@ class _Search:
         self._model, self._workload, self._memory_bytes = model, workload, memory_bytes
         spec = model.spec
         chances = routing or Routing.uniform(spec.experts_L, spec.top_k)
-        self._timer = PassTimer(costs, chances, expert_bytes=spec.expert_bytes, num_layers=spec.num_layers)
+        self._timer = PassTimer(
+            costs, chances, expert_bytes=spec.expert_bytes, num_layers=spec.num_layers, under_way=model.under_way
+        )
         self._stages: dict[GroupShape, list[Stage]] = {}
 
     def fitted(self, candidate: Candidate) -> Iterator[_Fitted]:
@@ -179,7 +184,8 @@ class _Search:
                 continue
             found = self._best_ahead(candidate, dense, 1 + left // self._model.slot_bytes)
             yield found
-            since = 0 if found.seconds < best_s else since + 1
+            is_enough = found.num_slots >= self._model.wanted_slots
+            since = 0 if found.seconds < best_s or not is_enough else since + 1
             best_s = min(best_s, found.seconds)
             if since >= PATIENCE or found.num_slots == self._model.most_slots:
                 return
@@ -188,7 +194,7 @@ class _Search:
         slots = min(num_slots, self._model.most_slots)
         best: _Fitted | None = None
         since = 0
-        for ahead in AHEAD:
+        for ahead in sorted({1, *(self._model.under_way + each for each in AHEAD)}):
             if best is not None and (
                 ahead > slots // 2 or since >= PATIENCE or slots == sum(self._model.spec.experts_L)
             ):
@@ -243,7 +249,7 @@ class _Search:
             ahead=ahead,
             streamed_bytes=dense.bytes_per_pass,
             cache_bytes_per_token=self._model.cache.movable_bytes_per_token if candidate.cache_on_disk else 0,
-            is_single=slots == 1,
+            slots=slots,
         )
 
     def _seconds(self, candidate: Candidate, held: Held) -> tuple[float, float]:
