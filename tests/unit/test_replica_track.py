@@ -60,9 +60,9 @@ def wanted(expert: int, source: int = 1) -> Wanted:
     return Wanted(expert=expert, source=source, run=memoryview(bytearray(EXPERT_BYTES)))
 
 
-def landing_at(expert: int, source: int = 1) -> tuple[Wanted, torch.Tensor]:
+def landing_at(expert: int, source: int = 1, nbytes: int = EXPERT_BYTES) -> tuple[Wanted, torch.Tensor]:
     """By way of other memory; the slot that it lands in."""
-    host, slot = torch.zeros(2, EXPERT_BYTES, dtype=torch.uint8)
+    host, slot = torch.zeros(2, nbytes, dtype=torch.uint8)
     landing = Landing(host, slot, stream=None, behind=None)
     return Wanted(expert=expert, source=source, run=host.numpy().data, landing=landing), slot
 
@@ -113,14 +113,18 @@ def test_a_replica_that_is_not_in_its_slot_yet_does_not_count(monkeypatch: pytes
 
 
 def test_what_comes_after_the_end_of_a_fetch_never_lands() -> None:
+    """Even where it is all that was missing: here, the only chunk of a small expert."""
     with two_sides() as (here, there):
-        late, slot = landing_at(4)
+        late, slot = landing_at(4, nbytes=CHUNK)
         there.track.suspend()
         here.track.fetch(0, [late])
         until(lambda: here.track.waits_since_s is not None)
         assert here.track.end_fetch().arrived == (False,)
         there.track.resume()
         until(lambda: here.track.waits_since_s is None)
+        here.track.fetch(1, [wanted(5)])  # begins behind what was on its way
+        until(lambda: len(there.asked) == 12 and here.track.waits_since_s is None)
+        assert bytes(late.run) == content(1, 0, 4)[:CHUNK], "it did come"
         assert not slot.any()
 
 
