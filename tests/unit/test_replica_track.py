@@ -83,11 +83,13 @@ class BrokenLanding(Landing):
         raise RuntimeError("there is no such slot")
 
 
-def landing_at(expert: int, kind: type[Landing] = Landing) -> tuple[Wanted, torch.Tensor]:
+def landing_at(
+    expert: int, kind: type[Landing] = Landing, *, source: int = 1, nbytes: int = EXPERT_BYTES
+) -> tuple[Wanted, torch.Tensor]:
     """By way of other memory; the slot that it lands in."""
-    host, slot = torch.zeros(2, EXPERT_BYTES, dtype=torch.uint8)
+    host, slot = torch.zeros(2, nbytes, dtype=torch.uint8)
     landing = kind(host, slot, stream=None, behind=None)
-    return Wanted(expert=expert, source=1, run=host.numpy().data, landing=landing), slot
+    return Wanted(expert=expert, source=source, run=host.numpy().data, landing=landing), slot
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -166,14 +168,18 @@ def test_what_breaks_the_track_is_heard_at_once_by_who_waits_for_it() -> None:
 
 
 def test_what_comes_after_the_end_of_a_fetch_never_lands() -> None:
+    """Even where it is all that was missing: here, the only chunk of a small expert."""
     with two_sides() as (here, there):
-        late, slot = landing_at(4)
+        late, slot = landing_at(4, nbytes=CHUNK)
         there.track.suspend()
         here.track.fetch(0, [late])
         until(lambda: here.track.waits_since_s is not None)
         assert here.track.end_fetch().arrived == (False,)
         there.track.resume()
         until(lambda: here.track.waits_since_s is None)
+        here.track.fetch(1, [wanted(5)])  # begins behind what was on its way
+        until(lambda: len(there.asked) == 12 and here.track.waits_since_s is None)
+        assert bytes(late.run) == content(1, 0, 4)[:CHUNK], "it did come"
         assert not slot.any()
 
 

@@ -66,7 +66,7 @@ class Ahead:
     def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor) -> Counts:
         if not self._lookahead.predicts(layer):
             return self._last.counts_E(layer, hidden_TH, real_T)
-        if not len(hidden_TH):
+        if not real_T.any():
             return np.zeros(self._num_experts, dtype=np.int64)
         return np.asarray(self._lookahead.counts_E(layer, hidden_TH, real_T), dtype=np.int64)
 

@@ -14,7 +14,7 @@ class StepNote:
     came in time; ``replica_bytes`` came in all. ``declined``: 1 where nothing paid. ``told_s``: to tell and hear counts
     and, behind the router, to get replicas. ``counts_s``: what of waiting would not be without balancing: messages beyond the
     one that there is anyway, replicas that are waited for. ``balance_s``: predicting, planning and dividing on the computing
-    thread (planning while rows travel); ``aux_s``: processor time of the auxiliary thread. ``rested``: 1 where balancing rested.
+    thread (planning while rows travel); ``aux_s``: processor time of the auxiliary thread. ``rested``: 1 where it rested.
     """
 
     home_pairs: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 
 import numpy as np
@@ -16,13 +17,22 @@ DOUBT = 0.97
 """Times what a fetch took, for each layer without one."""
 USED_FRAC = 0.9
 """Of a window that is planned with."""
+LEAST_BYTES_PER_S = 1e3
+"""What a rank tells, however little came: doubt raises a rate in proportion, and would never raise none."""
 
 
 class Windows:
-    """Of one rank; the times of all ranks come with ``StepNews``. ``link_bytes_per_s_R``: as tried out at the start."""
+    """Of one rank; the times of all ranks come with ``StepNews``. ``link_bytes_per_s_R``: as tried out at the start.
+    ``clock``: seconds."""
 
-    def __init__(self, num_layers: int, link_bytes_per_s_R: npt.NDArray[np.float64]) -> None:
-        self._link_R = link_bytes_per_s_R
+    def __init__(
+        self,
+        num_layers: int,
+        link_bytes_per_s_R: npt.NDArray[np.float64],
+        *,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        self._link_R, self._clock = link_bytes_per_s_R, clock
         self._last_two_L = [[0.0, 0.0] for _ in range(num_layers)]
         self._pairs_L = [0] * num_layers
         self._opened_s: float | None = None
@@ -31,12 +41,12 @@ class Windows:
 
     def open(self) -> None:
         """Tokens have come."""
-        self._opened_s = perf_counter()
+        self._opened_s = self._clock()
 
     def close(self) -> None:
         """Tokens are about to go."""
         if self._opened_s is not None:
-            self._open_s += perf_counter() - self._opened_s
+            self._open_s += self._clock() - self._opened_s
         self._opened_s = None
 
     def end(self, layer: int) -> None:
@@ -52,16 +62,16 @@ class Windows:
 
     def fetched(self, fetched: Fetched) -> None:
         """A fetch has ended. What is known of the rate is believed less where nothing was fetched: a rate that was once too low
-        for any replica would else never be seen to have risen."""
+        for any replica would else never be seen to have risen. No link is faster than the fastest."""
         if fetched.busy_s > 0:
-            self._bytes = KEEP * self._bytes + fetched.nbytes
             self._busy_s = KEEP * self._busy_s + fetched.busy_s
+            self._bytes = max(KEEP * self._bytes + fetched.nbytes, LEAST_BYTES_PER_S * self._busy_s)
         else:
-            self._busy_s *= DOUBT
+            self._busy_s = max(DOUBT * self._busy_s, self._bytes / float(self._link_R.max()))
 
     @property
     def fetch_kb_s(self) -> int:
-        """0: not known. At least 1 where something was fetched."""
+        """0: not known. At least 1 where something was to be fetched."""
         return max(1, round(self._bytes / self._busy_s / 1e3)) if self._busy_s > 0 else 0
 
     def window_s_R(self, news: StepNews, layer: int) -> npt.NDArray[np.float64]:
