@@ -21,17 +21,20 @@ from poise.errors import PoiseError
 from poise.model.random_checkpoint import make_checkpoint
 from tests.conftest import VOCABULARY, MakeCheckpoint, tiny_config
 
+SKEWED_ROWS = 16
+"""Of each rank in a pass."""
 
-def tiny_case(model: Path) -> Case:
+
+def tiny_case(model: Path, rows: int = 64) -> Case:
     draw = np.random.default_rng(1)
-    rows = {name: draw.integers(3, VOCABULARY, (64, 32)) for name in ("profile", "measured")}
-    return Case(name="tiny", model=model, rows=rows)
+    rows_of = {name: draw.integers(3, VOCABULARY, (rows, 32)) for name in ("profile", "measured")}
+    return Case(name="tiny", model=model, rows=rows_of)
 
 
 def skewed_case(target: Path) -> Case:
-    """Popular experts that take long beside what their weights take to travel: replicas pay."""
-    make_checkpoint(tiny_config("qwen3_moe", moe_intermediate_size=1024), target, dtype=DTYPE, skew=1.2)
-    return tiny_case(target)
+    """Popular experts whose many tokens take long beside what their weights take to travel: replicas pay."""
+    make_checkpoint(tiny_config("qwen3_moe", moe_intermediate_size=256), target, dtype=DTYPE, skew=1.5)
+    return tiny_case(target, rows=11 * 2 * SKEWED_ROWS)
 
 
 def test_ranks_stay_for_several_jobs_and_placements_are_measured_beside_the_bound(
@@ -107,7 +110,7 @@ def test_an_oracle_knows_every_count_and_figures_say_what_balancing_did(
 ) -> None:
     case = skewed_case(tmp_path / "skewed")
     prompts = write_rows(tmp_path / "prompts.json", case.rows["measured"])
-    job = prefill_job(case, prompts, rows_per_rank=4)
+    job = prefill_job(case, prompts, rows_per_rank=SKEWED_ROWS)
     with Session(shared_ranks(2)) as session:
         facts = contest(session, job, STATIC | PROBE | ORACLE, tmp_path, rounds=1, warm_up=3)
     assert list(facts) == ["static", "probe", "oracle"]

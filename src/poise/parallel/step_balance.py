@@ -331,6 +331,7 @@ class StepBalance:
         self.note.declined = int(plan is None)
         made = self._begin(plan, layer)
         if plan is None or made is None:
+            self._windows.fetched(self.track.end_fetch())  # nothing: what is known of the rate is doubted
             return None, NO_REPLICAS, 0.0
         began_s = perf_counter()
         moved_RR = plan.transfers_RR
