@@ -14,14 +14,14 @@ import pytest
 from poise.bench.parallel import exactness, scaling, unequal
 from poise.bench.parallel import probe as probe_suite
 from poise.bench.parallel.case import DTYPE, MEMORY, Case, one_rank, prefill_job, shared_ranks, write_rows
-from poise.bench.parallel.contest import ORACLE, PROBE, STATIC, contest
+from poise.bench.parallel.contest import ORACLE, PROBE, STATIC, Contenders, contest
 from poise.bench.parallel.probe_tables import tables
 from poise.bench.parallel.session import JobResult, Session
 from poise.errors import PoiseError
 from poise.model.random_checkpoint import make_checkpoint
 from tests.conftest import VOCABULARY, MakeCheckpoint, tiny_config
 
-SKEWED_ROWS = 16
+SKEWED_ROWS = 32
 """Of each rank in a pass."""
 
 
@@ -111,8 +111,9 @@ def test_an_oracle_knows_every_count_and_figures_say_what_balancing_did(
     case = skewed_case(tmp_path / "skewed")
     prompts = write_rows(tmp_path / "prompts.json", case.rows["measured"])
     job = prefill_job(case, prompts, rows_per_rank=SKEWED_ROWS)
+    awake: Contenders = {"probe": {**PROBE["probe"], "steps": {"rests": False}}}
     with Session(shared_ranks(2)) as session:
-        facts = contest(session, job, STATIC | PROBE | ORACLE, tmp_path, rounds=1, warm_up=3)
+        facts = contest(session, job, STATIC | awake | ORACLE, tmp_path, rounds=1, warm_up=3)
     assert list(facts) == ["static", "probe", "oracle"]
     assert facts["static"]["balanced"] is None
     assert facts["static"]["speedup"] == 1.0

@@ -48,7 +48,7 @@ def generate(launch: Launch, path: Path, prompts: list[list[int]]) -> dict[str, 
     StepPlanner.dispatch = otherwise  # type: ignore[method-assign]
     if launch.rank == 1:
         step_balance.arithmetic = lambda: 12345  # type: ignore[attr-defined]
-    steps = StepOptions(predictor="last")
+    steps = StepOptions(predictor="last", rests=False)
     with ParallelLLM(
         path, launch, memory="2GiB", patience=PATIENT, balance="probe", steps=steps, groups=[(4, 2)]
     ) as llm:

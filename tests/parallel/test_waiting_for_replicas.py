@@ -20,7 +20,7 @@ TOKENS = 60
 def replicas_used(launch: Launch, path: Path, prompts: list[list[int]]) -> list[int]:
     """By layer and pass. The link once was so busy that an expert would have taken some 0.1 s."""
     used: list[int] = []
-    steps = StepOptions(predictor="none")
+    steps = StepOptions(predictor="none", rests=False)
     with ParallelLLM(
         path, launch, memory="2GiB", patience=PATIENT, balance="probe", steps=steps, groups=[(4, 2)]
     ) as llm:
