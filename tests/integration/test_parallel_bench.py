@@ -19,10 +19,8 @@ from poise.bench.parallel.probe_tables import tables
 from poise.bench.parallel.session import JobResult, Session
 from poise.errors import PoiseError
 from poise.model.random_checkpoint import make_checkpoint
+from poise.spec.placement import Placement
 from tests.conftest import VOCABULARY, MakeCheckpoint, tiny_config
-
-SKEWED_ROWS = 32
-"""Of each rank in a pass."""
 
 
 def tiny_case(model: Path, rows: int = 64) -> Case:
@@ -32,9 +30,17 @@ def tiny_case(model: Path, rows: int = 64) -> Case:
 
 
 def skewed_case(target: Path) -> Case:
-    """Popular experts whose many tokens take long beside what their weights take to travel: replicas pay."""
-    make_checkpoint(tiny_config("qwen3_moe", moe_intermediate_size=256), target, dtype=DTYPE, skew=1.5)
-    return tiny_case(target, rows=11 * 2 * SKEWED_ROWS)
+    """Popular experts whose many tokens take long beside what their weights take to travel."""
+    make_checkpoint(tiny_config("qwen3_moe", moe_intermediate_size=256), target, dtype=DTYPE, skew=2.0)
+    return tiny_case(target, rows=384)
+
+
+def popular_first(session: Session, job: dict[str, Any]) -> dict[str, Any]:
+    """A placement, as its file has it, with the most popular experts of each layer on rank 0: there, replicas pay."""
+    load_PLE = session.run({**job, "balance": "static", "keeps_records": True}).load_PLE
+    assert load_PLE is not None
+    order_LS = np.argsort(-load_PLE.sum(axis=0), axis=1)
+    return Placement(slot_to_expert_LS=order_LS.astype(np.int32), layers=(0, 1), num_experts=8, ranks=2).to_json()
 
 
 def test_ranks_stay_for_several_jobs_and_placements_are_measured_beside_the_bound(
@@ -105,15 +111,14 @@ def test_a_part_runs_as_a_command(tmp_path: Path) -> None:
     assert not any(row["different"] for row in rows)
 
 
-def test_an_oracle_knows_every_count_and_figures_say_what_balancing_did(
-    tmp_path: Path,
-) -> None:
+def test_an_oracle_knows_every_count_and_figures_say_what_balancing_did(tmp_path: Path) -> None:
     case = skewed_case(tmp_path / "skewed")
     prompts = write_rows(tmp_path / "prompts.json", case.rows["measured"])
-    job = prefill_job(case, prompts, rows_per_rank=SKEWED_ROWS)
+    job = prefill_job(case, prompts, rows_per_rank=32)
     awake: Contenders = {"probe": {**PROBE["probe"], "steps": {"rests": False}}}
     with Session(shared_ranks(2)) as session:
-        facts = contest(session, job, STATIC | awake | ORACLE, tmp_path, rounds=1, warm_up=3)
+        placed = {**job, "placement": popular_first(session, job)}
+        facts = contest(session, placed, STATIC | awake | ORACLE, tmp_path, rounds=1, warm_up=3)
     assert list(facts) == ["static", "probe", "oracle"]
     assert facts["static"]["balanced"] is None
     assert facts["static"]["speedup"] == 1.0
@@ -121,10 +126,10 @@ def test_an_oracle_knows_every_count_and_figures_say_what_balancing_did(
     assert oracle["guessed_wrong_frac"] == 0.0
     assert 0.0 < probe["guessed_wrong_frac"] < 0.9
     for row in (probe, oracle):
-        assert row["home_imbalance"] == pytest.approx(facts["static"]["token_imbalance"])
+        assert 1.6 < row["home_imbalance"] == pytest.approx(facts["static"]["token_imbalance"])
         assert 0 < row["replicas_used_per_pass"] <= row["replicas_planned_per_pass"]
         assert row["replica_bytes_per_pass"] > 0
-    assert facts["oracle"]["token_imbalance"] < oracle["home_imbalance"] - 0.02
+    assert facts["oracle"]["token_imbalance"] < oracle["home_imbalance"] - 0.1
     assert tuple(probe_suite._Suite(tmp_path, tmp_path, 1).parts_of(case)) == probe_suite.PARTS
     assert [table.row_count for table in tables({"code": shown(facts)})] == [3, 2]
 
