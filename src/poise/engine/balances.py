@@ -79,5 +79,5 @@ def _automatic(*, num_ranks: int, device: str) -> Balances:
     if num_ranks == 1:
         return Balances(reason="one rank has all experts")
     if device == "cuda":
-        return Balances(reason="auto on GPUs, where it was not measured that replicas pay; probe can be asked for")
+        return Balances(reason="auto on GPUs, where replicas do not pay yet; probe can be asked for")
     return Balances(steps=StepOptions(), reason="auto: replicas of hot experts come for each step")
