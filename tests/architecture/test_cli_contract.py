@@ -10,10 +10,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from typer.models import OptionInfo
 
 import poise
+from poise.cli import bench_commands, measure_commands, run_commands
 
 POISE = (sys.executable, "-m", "poise")
 
@@ -77,6 +80,19 @@ def test_there_is_no_flag_beyond_the_contract() -> None:
         "--help",
         "--nproc-per-node",  # torchrun's, in an example
     }
+
+
+def test_a_flag_that_its_metavar_spells_is_named() -> None:
+    """Typer 0.27 else takes the metavar for the flag: `--DEVICE`."""
+    spelled = []
+    for group in (run_commands, measure_commands, bench_commands):
+        for command in group.commands.registered_commands:
+            for name, hint in get_type_hints(command.callback, include_extras=True).items():
+                for option in getattr(hint, "__metadata__", ()):
+                    if isinstance(option, OptionInfo) and (option.metavar or "").lower() == name:
+                        assert f"--{name}" in (option.default, *option.param_decls), "Annotated's first is `default`"
+                        spelled.append(name)
+    assert "device" in spelled
 
 
 def test_version() -> None:

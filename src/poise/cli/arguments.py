@@ -1,4 +1,7 @@
-"""Arguments and options that several commands of `poise` share: their names, their types, their help."""
+"""Arguments and options that several commands of `poise` share: their names, their types, their help.
+
+A flag that its metavar spells is named: Typer 0.27 takes the metavar for the flag, `--DEVICE` for `--device`.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ Memory = Annotated[
         metavar="SIZE", help="Memory for weights, caches and buffers, such as 8GiB; auto: what is free, less a margin."
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: auto (the CPU), cpu or cuda.")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="Where to compute: auto (the CPU), cpu or cuda.")
+]
 DeviceMemory = Annotated[
     str,
     typer.Option(
@@ -53,6 +58,7 @@ DeviceMemory = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
+        "--dtype",
         metavar="DTYPE",
         help="Number type to compute in: auto (the checkpoint's, unless this device is far slower at it), bfloat16, "
         "float16, float32.",

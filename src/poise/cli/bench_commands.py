@@ -27,7 +27,7 @@ def bench(
     part: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PART", help="Of a long benchmark, run this part only (may be repeated); keep the others."
+            "--part", metavar="PART", help="Of a long benchmark, run this part only (may be repeated); keep the others."
         ),
     ] = None,
     steps: Annotated[
@@ -38,7 +38,9 @@ def bench(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option(metavar="SUITE", help="Of a benchmark with several suites, run this one: `parallel` has `probe`."),
+        typer.Option(
+            "--suite", metavar="SUITE", help="Of a benchmark with several suites, run this one: `parallel` has `probe`."
+        ),
     ] = None,
     json_output: Json = False,
 ) -> None:
