@@ -57,6 +57,8 @@ STEPS = 8
 """Passes that are measured of each contender in each round, unless --steps says otherwise."""
 DECODE_ROWS, DECODE_PROMPT = 128, 8
 """Sequences of each rank, and tokens they begin with."""
+MANY_ROWS, MANY_PROMPT, SHORT_ONCE_AT, SHORT_SETTLED = 512, 2, 7, 10
+"""As many as in the paper; they begin with less, and EPLB has seven passes to learn from, so that a run ends in a minute."""
 EVEN = 0.01
 """An exponent at which all experts are about as popular."""
 SKEWS = (EVEN, 0.35, 0.7)
@@ -98,6 +100,7 @@ class _Suite:
             "switch": lambda: self._switch(widened),
             "decode": lambda: self._decode(widened, ["code"], self._all(widened), WARM_UP),
             "decode-switch": lambda: self._decode(widened, ["prose", "code"], self._all(widened, movers=ONCE), SETTLED),
+            "decode-switch-512": lambda: self._decode_switch_of_many(widened),
             "unequal": lambda: self._prefill(widened, unequal, _rows(widened, "code"), self._all(widened) | PROBE_VIBE),
             "ways": lambda: self._ways(widened),
             "slots": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | SLOTS),
@@ -151,18 +154,33 @@ class _Suite:
         contenders = self._all(case, movers=ONCE)
         return self._prefill(case, layout, np.concatenate(rows), contenders, warm_up=SETTLED)
 
-    def _decode(self, case: Case, kinds: Sequence[str], contenders: Contenders, passes: int) -> dict[str, Any]:
+    def _decode_switch_of_many(self, case: Case) -> dict[str, Any]:
+        """As many sequences a rank as the paper's least, against EPLB that has arranged experts for prose."""
+        eplb = {"eplb": {"balance": "eplb", "policy": {"interval": SHORT_ONCE_AT}}}
+        contenders = STATIC | eplb | self._distilled(case, "probe, distilled")
+        return self._decode(case, ["prose", "code"], contenders, SHORT_SETTLED, rows=MANY_ROWS, prompt=MANY_PROMPT)
+
+    def _decode(
+        self,
+        case: Case,
+        kinds: Sequence[str],
+        contenders: Contenders,
+        passes: int,
+        *,
+        rows: int = DECODE_ROWS,
+        prompt: int = DECODE_PROMPT,
+    ) -> dict[str, Any]:
         """Sequences of one kind, then of the next, ``passes`` of each; those of the last kind count, without prefill."""
         layout = eight_ranks()
-        per_kind = DECODE_ROWS * len(layout.ranks)
-        rows = np.concatenate([cycled(case.rows[kind], per_kind)[:, :DECODE_PROMPT] for kind in kinds])
-        prompts = write_rows(self._scratch / "decode.json", rows)
+        per_kind = rows * len(layout.ranks)
+        rows_WT = np.concatenate([_beginnings(case.rows[kind], per_kind, prompt) for kind in kinds])
+        prompts = write_rows(self._scratch / "decode.json", rows_WT)
         before = (len(kinds) - 1) * passes + 1 if len(kinds) > 1 else passes
         new_tokens = passes if len(kinds) > 1 else passes + self._steps
-        job = {**prefill_job(case, prompts, rows_per_rank=DECODE_ROWS), "new_tokens": new_tokens}
+        job = {**prefill_job(case, prompts, rows_per_rank=rows), "new_tokens": new_tokens}
         with Session(layout) as session:
             facts = contest(session, job, contenders, self._scratch, warm_up=before, steps=self._steps)
-            return self._about(case, session, "decode", DECODE_ROWS) | {"policies": facts}
+            return self._about(case, session, "decode", rows) | {"policies": facts}
 
     def _overhead(self) -> dict[str, Any]:
         """Even popularity: nothing to gain, so what balancing costs is seen, in short passes and in long ones."""
@@ -211,6 +229,7 @@ PARTS = (
     "switch",
     "decode",
     "decode-switch",
+    "decode-switch-512",
     "unequal",
     "ways",
     "slots",
@@ -242,6 +261,12 @@ def _linked() -> ClusterLayout:
 
 def _rows(case: Case, kind: str) -> Any:
     return case.rows[kind]
+
+
+def _beginnings(rows_WT: Any, count: int, tokens: int) -> Any:
+    """``count`` stretches of so many tokens, from all over the rows."""
+    whole = rows_WT[:, : rows_WT.shape[1] // tokens * tokens].reshape(-1, tokens)
+    return whole[np.linspace(0, len(whole) - 1, count).astype(int)]
 
 
 def _mixed(case: Case) -> Any:
