@@ -106,12 +106,12 @@ def test_reads_are_in_the_order_of_need(checkpoint: MakeCheckpoint) -> None:
         read = part.file, 0, 16, arena.view_of(slot, 0, 4096)
         store.read_dense(read, lambda _: there.release(), label=(f"read dense {moe_layer}", {}), moe_layer=moe_layer)
 
-    store._max_under_way, limit = 0, store._max_under_way  # no read begins before all is said
+    store._supplier.max_under_way, limit = 0, store._supplier.max_under_way  # no read begins before all is said
     store.request(0, [0, 1])
     read_dense(0, 1)
     read_dense(1, 2)
     store.foresee(1, likely(5))
-    store._max_under_way = limit
+    store._supplier.max_under_way = limit
     store.request(0, [2, 3, 4])
     for _ in range(2):
         assert there.acquire(timeout=10)
@@ -125,7 +125,7 @@ def test_dense_weights_that_wait_when_the_store_closes_end_with_an_error(checkpo
     model, layout, _ = open_layout(checkpoint("qwen3_moe"))
     store = open_store(model, layout, slots=8, threads=1)
     part, memory, errors = layout.experts_LE[0][0].parts[0], Arena(1, 4096).view_of(0, 0, 4096), []
-    store._max_under_way = 0
+    store._supplier.max_under_way = 0
     store.read_dense((part.file, 0, 16, memory), errors.append, label=("read dense", {}), moe_layer=1)
     store.close()
     assert [type(error) for error in errors] == [ReadError]

@@ -55,6 +55,10 @@ from poise.bench.scratch import Scratch
 NAME = "parallel-probe"
 STEPS = 8
 """Passes that are measured of each contender in each round, unless --steps says otherwise."""
+PASS_TOKENS = 512
+"""Of prompts, on each rank."""
+KNOWN = 6
+"""Passes after which costs are known."""
 DECODE_ROWS, DECODE_PROMPT = 128, 8
 """Sequences of each rank, and tokens they begin with."""
 MANY_ROWS, MANY_PROMPT, SHORT_ONCE_AT, SHORT_SETTLED = 512, 2, 7, 10
@@ -63,8 +67,8 @@ EVEN = 0.01
 """An exponent at which all experts are about as popular."""
 SKEWS = (EVEN, 0.35, 0.7)
 TOKENS = (16, 64, 256)
-OVERHEAD_ROWS = (1, 4)
-"""Prompts of each rank in a pass."""
+OVERHEAD_ROWS = (1, 2)
+"""Prompts of each rank in a pass, which has 512 tokens of a rank at most."""
 LINKS: Mapping[str, Callable[[], ClusterLayout]] = {
     "loopback": two_ranks,
     "4 Gbit/s": lambda: two_ranks().with_link(4 * GBIT_PER_S),
@@ -103,8 +107,10 @@ class _Suite:
             "decode-switch-512": lambda: self._decode_switch_of_many(widened),
             "unequal": lambda: self._prefill(widened, unequal, _rows(widened, "code"), self._all(widened) | PROBE_VIBE),
             "ways": lambda: self._ways(widened),
-            "slots": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | SLOTS),
-            "no-engines": lambda: self._prefill(widened, equal_ranks(), _rows(widened, "code"), STATIC | PROBE),
+            "slots": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | SLOTS, warm_up=KNOWN),
+            "no-engines": lambda: self._prefill(
+                widened, equal_ranks(), _rows(widened, "code"), STATIC | PROBE, warm_up=KNOWN
+            ),
             "random": lambda: self._prefill(self._random(0.7), LINKS["4 Gbit/s"](), None, ALL),
             "overhead": self._overhead,
             "break-even-tokens": lambda: self._break_even_tokens(widened),
@@ -137,7 +143,7 @@ class _Suite:
     def _ways(self, case: Case) -> dict[str, Any]:
         """All ways to know the counts of the layer to come, and without suspension."""
         ways = STATIC | WAYS | self._distilled(case, "distilled")
-        return self._prefill(case, _linked(), _mixed(case), ways)
+        return self._prefill(case, _linked(), _mixed(case), ways, warm_up=KNOWN)
 
     def _all(self, case: Case, movers: Contenders = MOVERS) -> Contenders:
         return STATIC | movers | PROBE | self._distilled(case, "probe, distilled") | ORACLE
@@ -175,7 +181,8 @@ class _Suite:
         per_kind = rows * len(layout.ranks)
         rows_WT = np.concatenate([_beginnings(case.rows[kind], per_kind, prompt) for kind in kinds])
         prompts = write_rows(self._scratch / "decode.json", rows_WT)
-        before = (len(kinds) - 1) * passes + 1 if len(kinds) > 1 else passes
+        prefills = -(-rows * prompt // PASS_TOKENS)
+        before = (len(kinds) - 1) * (passes + prefills - 1) + prefills if len(kinds) > 1 else passes
         new_tokens = passes if len(kinds) > 1 else passes + self._steps
         job = {**prefill_job(case, prompts, rows_per_rank=rows), "new_tokens": new_tokens}
         with Session(layout) as session:
@@ -186,7 +193,7 @@ class _Suite:
         """Even popularity: nothing to gain, so what balancing costs is seen, in short passes and in long ones."""
         case, layout = self._random(EVEN), two_ranks()
         rows = [
-            self._prefill(case, layout, None, STATIC | PROBE, rows_per_rank=count, rounds=4, warm_up=4)
+            self._prefill(case, layout, None, STATIC | PROBE, rows_per_rank=count, rounds=4, warm_up=KNOWN)
             for count in OVERHEAD_ROWS
         ]
         return {"rows": rows}
@@ -196,7 +203,7 @@ class _Suite:
         rows = []
         for tokens in TOKENS:
             few = case.rows["code"][:, :tokens]
-            part = self._prefill(case, replace(equal_ranks(), copy_engines=True), few, STATIC | PROBE, warm_up=6)
+            part = self._prefill(case, replace(equal_ranks(), copy_engines=True), few, STATIC | PROBE, warm_up=KNOWN)
             rows.append({"tokens": tokens, **part})
         return {"rows": rows}
 
@@ -205,7 +212,7 @@ class _Suite:
             rows = []
             for skew in SKEWS:
                 case = self._random(skew)
-                part = self._prefill(case, layout(), None, STATIC | PROBE, warm_up=4)
+                part = self._prefill(case, layout(), None, STATIC | PROBE, warm_up=KNOWN)
                 rows.append({"skew": skew, **part})
             return {"rows": rows}
 
