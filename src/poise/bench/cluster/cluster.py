@@ -150,6 +150,11 @@ class Cluster:
         reason = self._groups[rank].limit_cpu(cores)
         assert reason is None, f"a share can only be changed where it is enforced: {reason}"
 
+    @staticmethod
+    def free_port() -> int:
+        """A port that nobody here uses at the moment."""
+        return _free_port()
+
     def let_out(self, rank: int, thread: int) -> None:
         """A thread of a rank runs beside the rank's share from now on, as a copy engine does. What cannot be is ``missing``."""
         reason = self._groups[rank].let_out(thread)

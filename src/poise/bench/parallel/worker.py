@@ -47,7 +47,8 @@ def main() -> None:
         job = json.loads(_await(directory / f"job-{number}.json"))
         if job.get("end"):
             return
-        here = replace(launch, port=launch.port + 1 + number, attempt=number)  # a store of its own
+        port = job.get("port") or launch.port + 1 + number  # a network of one's own has all ports free
+        here = replace(launch, port=port, attempt=number)  # a store of its own
         facts = _Rank(directory, number, here, job).run()
         write_whole(directory / f"done-{launch.rank}-{number}.json", json.dumps(facts))
 
