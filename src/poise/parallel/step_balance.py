@@ -76,6 +76,8 @@ class StepBalance:
         self._computed = (0, 0, 0.0)
         self._permille = (1000, 1000)
         self._aux_s = 0.0
+        self._counts_again = False
+        """Whether that has been said."""
         self._missed: set[int] = set()
         """Ranks that send no more replicas."""
         self.replicas: Mapping[int, Weights] = {}
@@ -187,6 +189,11 @@ class StepBalance:
                 most_R = np.minimum(pairs_R, news.of("tokens"))
                 most_R[self._rank] = routes.sent_R[self._rank]
                 coming = Coming(rows_R=tuple(most_R.tolist()), is_exact=False)
+            elif not self._counts_again:
+                self._counts_again = True
+                logger.warning(
+                    "ranks differ in processor, NumPy or numba: rows are counted once more in each balanced layer"
+                )
         ended_s = perf_counter()
         note.balance_s = ended_s - began_s - note.told_s - waited_s
         note.told_s += waited_s
