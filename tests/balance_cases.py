@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from poise.cost.curves import ClosedFormCurve
 from poise.cost.experts import ExpertCurve
-from poise.plan.balance import Balancer, Strategy
+from poise.plan.balance import LEAST_ACTIVE, LEAST_TOKENS, Balancer, Strategy
 from poise.plan.rank_costs import RankCosts
 
 EXPERT_S, TOKEN_S, LINK = 20e-6, 0.2e-6, 1e9
@@ -30,6 +30,8 @@ def balancer(
     expert_s: float = EXPERT_S,
     token_bytes: float = TOKEN_BYTES,
     p: float = 1.25,
+    least_tokens: float = LEAST_TOKENS,
+    least_active: float = LEAST_ACTIVE,
 ) -> Balancer:
     return Balancer(
         costs_of(speed_R, expert_s=expert_s, p=p),
@@ -41,6 +43,8 @@ def balancer(
         most_tokens=most_tokens,
         replica_slots=replica_slots,
         strategy=strategy,
+        least_tokens=least_tokens,
+        least_active=least_active,
     )
 
 

@@ -23,6 +23,7 @@ class Case:
     window_s_R: np.ndarray
     replica_slots: int
     strategy: Strategy
+    copy_s: float
 
     @property
     def num_ranks(self) -> int:
@@ -42,7 +43,7 @@ class Case:
             strategy=self.strategy,
             replica_slots=self.replica_slots,
             most_tokens=float(self.counts_RE.sum()),
-        ).choose_replicas(self.counts_RE, self.window_s_R)
+        ).choose_replicas(self.counts_RE, self.window_s_R, copy_s_R=np.full(self.num_ranks, self.copy_s))
 
 
 @st.composite
@@ -63,6 +64,7 @@ def cases(draw: st.DrawFn) -> Case:
         window_s_R=rng.choice([0.0, 1.5, 2.5, 9.0], ranks) * EXPERT_BYTES / LINK,
         replica_slots=draw(st.integers(0, 4)),
         strategy=draw(st.sampled_from(["quota", "greedy"])),
+        copy_s=draw(st.sampled_from([0.0, 0.0, 2e-6, 50e-6])),
     )
 
 
@@ -94,6 +96,7 @@ def test_predicted_times_are_those_of_the_cost_model(case: Case) -> None:
     plan = case.plan()
     tokens_ER = plan.assignment.tokens_ER(case.num_ranks)
     truth_R = seconds_R(case.counts_RE, tokens_ER, case.speed_R)
+    truth_R += case.copy_s * (plan.transfers_RR.sum(axis=0) + plan.transfers_RR.sum(axis=1))
     a_token_s = 2e-6 * tokens_ER.shape[0]  # quotas are made whole behind the prediction
     np.testing.assert_allclose(plan.predicted_s_R, truth_R, rtol=3e-3, atol=a_token_s)
 
@@ -114,6 +117,20 @@ def test_true_tokens_go_to_the_copies_that_are_there(case: Case, seed: int, lost
     assert not (tokens_ER > 0)[~holds_ER].any()
     assert not plan.replicas
     assert plan.predicted_s <= plan.unbalanced_s * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=80)
+@given(case=cases(), least=st.sampled_from([1, 4, 8, 32, 1000]), seed=st.integers(0, 1000))
+def test_a_copy_computes_nothing_or_the_least_that_is_worth_it(case: Case, least: int, seed: int) -> None:
+    """Unless no other has any of the expert's tokens. Homes with redundant experts may share evenly instead."""
+    experts = case.counts_RE.shape[1]
+    one = balancer(case.speed_R, experts, replica_slots=case.replica_slots, least_tokens=least, least_active=0.0)
+    planned = one.choose_replicas(case.counts_RE, case.window_s_R)
+    true_RE = np.random.default_rng(seed).poisson(case.counts_RE).astype(case.counts_RE.dtype)
+    for plan in (planned, one.divide(true_RE, planned.replica_N3)):
+        tokens_ER = plan.assignment.tokens_ER(case.num_ranks)
+        shared_ER = tokens_ER[np.count_nonzero(tokens_ER, axis=1) > 1]
+        assert (shared_ER[shared_ER > 0] > least - 1).all(), "whole tokens differ by less than one from their shares"
 
 
 @settings(deadline=None, max_examples=60)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from poise.errors import PlacementError
-from poise.plan.balance import STRATEGIES, Strategy
+from poise.plan.balance import STRATEGIES, Balancer, Strategy
 from poise.plan.balance_assignment import dispatch_of
+from poise.plan.observed_costs import ObservedCost, rank_costs
 from tests.balance_cases import EXPERT_BYTES, LINK, balancer
 
 
@@ -57,6 +58,30 @@ def test_a_slow_rank_is_relieved_though_tokens_are_equal() -> None:
     assert {replica.source for replica in plan.replicas} == {3}
 
 
+def test_a_replica_that_takes_more_processor_time_than_it_saves_does_not_come() -> None:
+    """Two ranks that are nearly even: somewhat may be had, if copies take no time of theirs."""
+    counts_RE = np.tile([300, 260, 250, 250, 240, 240, 230, 210], (2, 1))
+    one = balancer(np.ones(2), 8)
+    free = one.choose_replicas(counts_RE, windows(2, 3))
+    gain_s = free.unbalanced_s - free.predicted_s
+    assert free.replicas
+    cheap = one.choose_replicas(counts_RE, windows(2, 3), copy_s_R=np.full(2, gain_s / 20))
+    assert cheap.replicas
+    assert free.predicted_s < cheap.predicted_s < cheap.unbalanced_s
+    for copy_s_R in ([gain_s, gain_s], [0.0, 2.5 * gain_s], [2.5 * gain_s, 0.0]):
+        dear = one.choose_replicas(counts_RE, windows(2, 3), copy_s_R=np.array(copy_s_R))
+        assert not dear.replicas, copy_s_R
+        assert dear.predicted_s == dear.unbalanced_s
+
+
+def test_copies_go_where_they_cost_nothing() -> None:
+    """Rank 1 has no copy engine, ranks 2 and 3 have."""
+    counts_RE = np.tile([600, 600, 50, 50, 50, 50, 50, 50], (4, 1))
+    copy_s_R = np.array([0.0, 1e-3, 0.0, 0.0])
+    plan = balancer(np.ones(4), 8).choose_replicas(counts_RE, windows(4, 3), copy_s_R=copy_s_R)
+    assert {replica.target for replica in plan.replicas} == {2, 3}
+
+
 def test_ours_is_faster_than_the_greedy_search() -> None:
     counts_RE, window_s_R = skewed(8, 64), windows(8, 3)
     ours, greedy = (
@@ -80,6 +105,39 @@ def test_memory_bound_steps_balance_active_experts() -> None:
     plan = balancer(np.ones(2), 8, replica_slots=2, token_bytes=1e-3).choose_replicas(counts_RE, windows(2, 2))
     active_R = (plan.assignment.tokens_ER(2) > 0).sum(axis=0)
     np.testing.assert_array_equal(active_R, [2, 2])
+
+
+@pytest.mark.parametrize(("least", "shared"), [(1.0, 20), (16.0, 20), (32.0, 32), (48.0, 0), (1000.0, 0)])
+def test_a_share_below_the_least_becomes_none_or_the_least(least: float, shared: int) -> None:
+    """Rank 0 is later than rank 1 by an active expert and 40 tokens: to be even, 20 would go."""
+    counts_RE = np.zeros((3, 6), dtype=np.int64)
+    a_token_s, an_expert_s = 1e-6, 100e-6
+    counts_RE[2, :4] = 440, 100, 400, 100
+    made = Balancer(
+        rank_costs([ObservedCost(expert_s=an_expert_s, token_s=a_token_s)] * 3),
+        np.array([0, 1, 2, 3, 4, 5]),
+        num_experts=6,
+        link_bytes_per_s_R=1e12,
+        token_bytes=1.0,
+        expert_bytes=1.0,
+        most_tokens=2000.0,
+        least_tokens=least,
+        least_active=0.0,
+    )
+    counts_RE[2, 0] += 100
+    tokens_ER = made.divide(counts_RE, np.array([[0, 0, 1]])).assignment.tokens_ER(3)
+    assert tokens_ER[0, 1] == pytest.approx(shared, abs=1)
+    assert tokens_ER[0].sum() == counts_RE[2, 0]
+
+
+def test_memory_bound_experts_are_on_one_copy_each() -> None:
+    """The least follows from the curve: where a token costs next to nothing, no expert is worth a second copy."""
+    counts_RE = np.random.default_rng(3).poisson(3.0, (4, 16)) + 1
+    came_N3 = np.array([[expert, expert // 4, (expert // 4 + 1) % 4] for expert in range(0, 16, 2)])
+    for least_active, most in ((0.0, 17), (0.25, 16)):
+        one = balancer(np.ones(4), 16, expert_s=1e-3, token_bytes=1e-3, least_active=least_active)
+        active = int((one.divide(counts_RE, came_N3).assignment.tokens_N > 0).sum())
+        assert 16 <= active <= most
 
 
 def test_tokens_go_to_their_own_rank_first_and_then_in_order() -> None:

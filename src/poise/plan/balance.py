@@ -39,8 +39,10 @@ from poise.plan.rank_costs import RankCosts
 
 Strategy = Literal["quota", "greedy"]
 STRATEGIES = ("quota", "greedy")
-MOST_WORK = 500
-"""Copies set for one plan before trials end: about 35 microseconds. More comes nearer to the optimum where ranks are few."""
+MOST_WORK = 400
+"""Copies set for one plan before trials end: about 30 microseconds. More comes nearer to the optimum where ranks are few."""
+LEAST_TOKENS, LEAST_ACTIVE = 1.0, 0.25
+"""A copy computes no tokens, or so many, and as many as take as long as this share of one more active expert (decision 060)."""
 WORTH_FRAC = 0.01
 """Of the layer's time. A plan that brings less is not worth its transfers: nothing is done."""
 
@@ -56,7 +58,8 @@ class Replica:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BalancePlan:
-    """``replica_N3``: expert, source and target rank of each replica that is to come. ``predicted_s_R``: when each rank ends.
+    """``replica_N3``: expert, source and target rank of each replica that is to come. ``predicted_s_R``: when each rank ends,
+    with the processor time of the copies that it takes in and gives.
 
     ``unbalanced_s``: the slowest rank with each expert's tokens evenly on its copies at home. ``pays``: whether replicas would
     bring ``WORTH_FRAC``; if not, none come.
@@ -92,8 +95,9 @@ class Balancer:
 
     ``slot_to_expert_S``: experts at home; rank r owns the slots r * S / R to (r + 1) * S / R - 1. ``link_bytes_per_s_R``: of
     each rank's link, each way. ``token_bytes``: of a token that travels, ``expert_bytes``: of one expert's weights.
-    ``most_tokens``: about the most assignments on one rank, for the cost table. ``most_work``: see ``MOST_WORK``. ``table``:
-    that of another ``Balancer`` with the same costs, tokens and numbers of slots, which need not be made again.
+    ``most_tokens``: about the most assignments on one rank, for the cost table. ``most_work``: see ``MOST_WORK``; the
+    least of a copy: see ``LEAST_TOKENS``. ``table``: that of another ``Balancer`` with the same costs, tokens and numbers of
+    slots, which need not be made again.
     Raises PlacementError.
     """
 
@@ -110,6 +114,8 @@ class Balancer:
         replica_slots: int = 3,
         strategy: Strategy = "quota",
         most_work: int = MOST_WORK,
+        least_tokens: float = LEAST_TOKENS,
+        least_active: float = LEAST_ACTIVE,
         table: CostTable | None = None,
     ) -> None:
         slots_S = np.ascontiguousarray(slot_to_expert_S, dtype=np.int64)
@@ -136,10 +142,12 @@ class Balancer:
             expert_s_R=expert_bytes / links_R,
             replica_slots=replica_slots,
             most_work=most_work,
+            least_tokens=float(least_tokens),
+            least_active=float(least_active),
         )
         self._shape = (ranks, num_experts)
         self._strategy = strategy
-        self._all_R = np.ones(ranks)
+        self._all_R, self._none_R = np.ones(ranks), np.zeros(ranks)
         self.planned = self.declined = 0
 
     @property
@@ -154,11 +162,13 @@ class Balancer:
         *,
         in_frac_R: Floats | None = None,
         out_frac_R: Floats | None = None,
+        copy_s_R: Floats | None = None,
     ) -> BalancePlan:
         """Replicas for a step of which (predicted) ``counts_RE`` are known: assignments by the rank they are born on.
 
         ``window_s_R``: how long each rank's link is free for experts behind compute. ``in_frac_R``, ``out_frac_R``: tokens that
-        travel over assignments that do; None: all.
+        travel over assignments that do; None: all. ``copy_s_R``: processor time that a replica takes from the experts of the
+        rank that it comes to, and of the one that it comes from; None: none, as copy engines move them.
         """
         plan = _planned(
             _balance(
@@ -167,6 +177,7 @@ class Balancer:
                 self._all_R if in_frac_R is None else in_frac_R,
                 self._all_R if out_frac_R is None else out_frac_R,
                 window_s_R,
+                self._none_R if copy_s_R is None else copy_s_R,
                 self._strategy == "greedy",
             )
         )
@@ -214,10 +225,16 @@ def _planned(figures: _Figures) -> BalancePlan:
 
 @compiled
 def _balance(
-    counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floats, window_s_R: Floats, is_greedy: bool
+    counts_RE: Counts,
+    group: Group,
+    in_frac_R: Floats,
+    out_frac_R: Floats,
+    window_s_R: Floats,
+    copy_s_R: Floats,
+    is_greedy: bool,
 ) -> _Figures:
     """All of it in one call, as each costs microseconds."""
-    step, unbalanced_s = _at_home(counts_RE, group, in_frac_R, out_frac_R, window_s_R)
+    step, unbalanced_s = _at_home(counts_RE, group, in_frac_R, out_frac_R, window_s_R, copy_s_R)
     most_s = (1.0 - WORTH_FRAC) * curves_s_R(step, group.table).max()
     if is_greedy:
         choose_greedily(step, group, counts_RE, WORTH_FRAC * unbalanced_s)
@@ -226,7 +243,7 @@ def _balance(
     seconds_R, replica_N3 = curves_s_R(step, group.table), replicas_of(step, group)
     pays = len(replica_N3) > 0 and seconds_R.max() <= most_s
     if not pays:
-        step, _ = _at_home(counts_RE, group, in_frac_R, out_frac_R, window_s_R)
+        step, _ = _at_home(counts_RE, group, in_frac_R, out_frac_R, window_s_R, copy_s_R)
         seconds_R, replica_N3 = curves_s_R(step, group.table), replica_N3[:0]
     begin_E1, rank_N, tokens_N = whole_tokens(step)
     return replica_N3, begin_E1, rank_N, tokens_N, seconds_R, unbalanced_s, pays
@@ -234,8 +251,8 @@ def _balance(
 
 @compiled
 def _divide(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floats, replica_N3: Ints) -> _Figures:
-    no_window_R = np.zeros(len(group.token_s_R))
-    step, unbalanced_s = _at_home(counts_RE, group, in_frac_R, out_frac_R, no_window_R)
+    none_R = np.zeros(len(group.token_s_R))  # windows are over, and what copies took is spent
+    step, unbalanced_s = _at_home(counts_RE, group, in_frac_R, out_frac_R, none_R, none_R)
     home_s = curves_s_R(step, group.table).max()
     taken_R = np.zeros(len(group.token_s_R), dtype=np.int64)
     for place in range(len(replica_N3)):
@@ -248,7 +265,7 @@ def _divide(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floa
     spread(step)
     seconds_R = curves_s_R(step, group.table)
     if seconds_R.max() > home_s:
-        step, _ = _at_home(counts_RE, group, in_frac_R, out_frac_R, no_window_R)
+        step, _ = _at_home(counts_RE, group, in_frac_R, out_frac_R, none_R, none_R)
         seconds_R = curves_s_R(step, group.table)
     begin_E1, rank_N, tokens_N = whole_tokens(step)
     return replica_N3[:0], begin_E1, rank_N, tokens_N, seconds_R, unbalanced_s, True
@@ -256,15 +273,15 @@ def _divide(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floa
 
 @compiled
 def _at_home(
-    counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floats, window_s_R: Floats
+    counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floats, window_s_R: Floats, copy_s_R: Floats
 ) -> tuple[Step, float]:
     """Tokens spread over the copies at home; and the slowest rank's time with an even share for each."""
-    step = home_step(counts_RE, group, in_frac_R, out_frac_R, window_s_R)
+    step = home_step(counts_RE, group, in_frac_R, out_frac_R, window_s_R, copy_s_R)
     unbalanced_s = curves_s_R(step, group.table).max()
-    touch_curves(step, group.table)
+    touch_curves(step, group)
     if len(group.slot_to_expert_S) > len(step.expert_E):
         spread(step)
         if curves_s_R(step, group.table).max() > unbalanced_s:
-            step = home_step(counts_RE, group, in_frac_R, out_frac_R, window_s_R)
-            touch_curves(step, group.table)
+            step = home_step(counts_RE, group, in_frac_R, out_frac_R, window_s_R, copy_s_R)
+            touch_curves(step, group)
     return step, unbalanced_s

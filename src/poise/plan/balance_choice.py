@@ -11,10 +11,12 @@ Letters: R ranks, E experts, C copies.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from poise.plan.balance_spread import LATE_FRAC, LEAST_TOKENS, fill, spread
+from poise.plan.balance_spread import LATE_FRAC, fill, spread
 from poise.plan.balance_state import (
     NONE,
     Counts,
@@ -61,7 +63,7 @@ def choose(step: Step, group: Group, counts_RE: Counts) -> None:
     work = try_others(step, group, counts_RE, work)
     try_fewer(step, group, work)
     for slot in range(len(group.slot_to_expert_S), len(step.copy_C)):
-        if step.copy_C[slot]["expert"] != NONE and step.copy_C[slot]["quota"] < LEAST_TOKENS:
+        if step.copy_C[slot]["expert"] != NONE and step.copy_C[slot]["quota"] < 1.0:
             drop_replica(step, slot)
 
 
@@ -74,7 +76,7 @@ def _goal_and_latest(step: Step) -> tuple[float, int]:
         its = step.rank_R[rank]
         seconds += its["weight"] * its["seconds"]
         weights += its["weight"]
-        active_s += its["active_s"]
+        active_s += its["active_s"] + 2.0 * its["copy_s"]
         if its["seconds"] > step.rank_R[late]["seconds"]:
             late = rank
     level = seconds / weights
@@ -84,7 +86,13 @@ def _goal_and_latest(step: Step) -> tuple[float, int]:
 @compiled
 def _is_uneven(step: Step) -> bool:
     goal_s, late = _goal_and_latest(step)
-    return bool(step.rank_R[late]["seconds"] > goal_s)
+    return _is_late(step.rank_R[late], goal_s)
+
+
+@compiled
+def _is_late(rank: Any, goal_s: float) -> bool:
+    """By as many tokens as another rank may be given of an expert."""
+    return bool(rank["seconds"] > goal_s + rank["least"] * rank["token_s"])
 
 
 @compiled
@@ -151,7 +159,7 @@ def _save_links(step: Step, group: Group, counts_RE: Counts) -> None:
         source = source_of(step, expert)
         _mark_holders(step, expert, held_R)
         while source != NONE and free > 0:
-            best = _where_most_is_saved(step, counts_RE, expert, held_R, least_s)
+            best = _where_most_is_saved(step, counts_RE, expert, held_R, least_s + step.rank_R[source]["copy_s"])
             if best == NONE:
                 break
             held_R[best] = True
@@ -176,7 +184,7 @@ def _where_most_is_saved(
     best, most_s = NONE, least_s
     for rank in range(len(step.rank_R)):
         its = step.rank_R[rank]
-        saved_s = its["out_s"] * counts_RE[rank, expert] - its["active_s"]
+        saved_s = its["out_s"] * counts_RE[rank, expert] - its["active_s"] - its["copy_s"]
         if saved_s > most_s and its["slots"] > 0 and not held_R[rank]:
             best, most_s = rank, saved_s
     return best
@@ -189,7 +197,7 @@ def _relieve(step: Step, group: Group, counts_RE: Counts) -> int:
     spent_R = np.zeros(num_ranks, dtype=np.bool_)
     for _ in range(num_ranks * (1 + group.replica_slots)):
         goal_s, late = _goal_and_latest(step)
-        if step.rank_R[late]["seconds"] <= goal_s:
+        if not _is_late(step.rank_R[late], goal_s):
             break
         giver = late if not spent_R[late] else _partner(step, group, late, spent_R, goal_s)
         if giver == NONE:
@@ -261,7 +269,7 @@ def _best_hand_over(step: Step, group: Group, counts_RE: Counts, giver: int, goa
     if mine["gives"] == 0:
         return best, taker, moved
     token_s, in_s = mine["token_s"], mine["in_s"]
-    excess = (mine["seconds"] - goal_s) / (token_s + 0.5 * in_s)
+    excess = (mine["seconds"] + mine["copy_s"] - goal_s) / (token_s + 0.5 * in_s)
     for rank in range(len(step.rank_R)):
         its = step.rank_R[rank]
         if its["slots"] == 0 or rank == giver or its["seconds"] >= goal_s:
@@ -269,18 +277,18 @@ def _best_hand_over(step: Step, group: Group, counts_RE: Counts, giver: int, goa
         for place in range(giver * per_rank, (giver + 1) * per_rank):
             copy = step.copy_C[place]
             quota, expert = copy["quota"], copy["expert"]
-            if expert == NONE or quota * (token_s + in_s) <= most_s:
+            if expert == NONE or quota * (token_s + in_s) - mine["copy_s"] <= most_s:
                 continue
             local = min(float(counts_RE[rank, expert]), quota)
-            room = goal_s - its["seconds"] - its["active_s"] + its["out_s"] * local
+            room = goal_s - its["seconds"] - its["active_s"] - its["copy_s"] + its["out_s"] * local
             tokens = min(quota, excess, room / its["token_s"])
             if its["gives"] > 0:  # it passes on what lies too much on it then
                 tokens = max(tokens, min(quota, excess / mine["gives"]))
-            if quota - tokens < LEAST_TOKENS:
+            if quota - tokens < mine["least"]:
                 tokens = quota
-            if tokens < LEAST_TOKENS:
+            if tokens < min(its["least"], quota) or tokens < 1.0:
                 continue
-            saved_s = tokens * token_s + in_s * min(local, tokens)
+            saved_s = tokens * token_s + in_s * min(local, tokens) - mine["copy_s"]
             if saved_s > most_s and not holds(step, expert, rank):
                 best, taker, moved, most_s = place, rank, tokens, saved_s
     return best, taker, moved

@@ -2,7 +2,8 @@
 
 Water-filling: the tokens of an expert rise to one level of time on all its copies, expert after expert, again and again, until
 the slowest rank is no better for it. Tokens that are born where a copy is stay there first, since what they free on one link
-they do not load another with; only then, and only from ranks that are still late, do they leave.
+they do not load another with; only then, and only from ranks that are still late, do they leave. A copy computes nothing, or
+a rank's least at the least, unless it is the only one that has the expert.
 Compiled loops on ``balance_state``. Letters: R ranks, E experts, C copies.
 """
 
@@ -22,8 +23,8 @@ LATE_FRAC = 5e-3
 MOST_SET = 300
 """Copies set at one time; enough in practice for 8 ranks, and two or three rounds over 64."""
 NARROWINGS = 16
-LEAST_TOKENS = 1.0
-"""Fewer are not worth an expert."""
+_SHUT, _SHUT_NOW, _AT_LEAST = 1, 2, 3
+"""``shut`` for good; while one expert is filled; and with exactly the least tokens meanwhile."""
 
 
 @compiled
@@ -60,28 +61,55 @@ def _is_late(step: Step, expert: int, late_s: float) -> bool:
 @compiled
 def fill(step: Step, expert: int, late_s: float) -> None:
     """Spreads an expert's tokens. Those born with a copy leave it only if the rank now finishes later than ``late_s``, or if
-    they are too few for an active expert."""
+    they are too few for an active expert. A share below the least becomes none or the least, the smallest first."""
     its = step.expert_E[expert]
-    level = _level_of(step, its["first"], its["total"], late_s)
-    left, place, taker, most = its["total"], its["first"], NONE, -1.0
+    first, total = its["first"], its["total"]
+    _level(step, first, total, late_s)
+    taker, is_changed = _set_smallest(step, first, total)
+    while is_changed:
+        _level(step, first, total, late_s)
+        taker, is_changed = _set_smallest(step, first, total)
+    left, place = total, first
     while place != NONE:
         copy = step.copy_C[place]
-        tokens, _ = _tokens_at(copy, step.rank_R[copy["rank"]], level)
-        tokens = min(tokens, left)
-        if tokens < LEAST_TOKENS:
-            tokens = 0.0
-        left -= tokens
-        set_quota(step, place, tokens)
-        if copy["shut"] == 0 and tokens > most:
-            taker, most = place, tokens
+        if place != taker:
+            tokens = min(copy["share"], left)
+            left -= tokens
+            set_quota(step, place, tokens)
+        if copy["shut"] > _SHUT:
+            copy["shut"] = 0
         place = copy["next"]
-    if left > 0.0:
-        set_quota(step, taker, most + left)
+    set_quota(step, taker, left)
 
 
 @compiled
-def _level_of(step: Step, first: int, total: float, late_s: float) -> float:
-    """The time up to which copies take exactly all tokens: Newton's method, kept between bounds."""
+def _set_smallest(step: Step, first: int, total: float) -> tuple[int, bool]:
+    """Gives the open copy with the smallest share either none or the least that it may have, whichever is nearer, unless none
+    has too little or no other is open. Returns the open copy with the largest share, and whether one was changed."""
+    small, fewest, large, most, is_open = NONE, np.inf, NONE, -1.0, 0
+    place, free = first, total
+    while place != NONE:
+        copy = step.copy_C[place]
+        share, least = copy["share"], step.rank_R[copy["rank"]]["least"]
+        if copy["shut"] == 0:
+            is_open += 1
+            if share < min(least, fewest):
+                small, fewest = place, share
+            if share > most:
+                large, most = place, share
+        elif copy["shut"] == _AT_LEAST:
+            free -= least
+        place = copy["next"]
+    if small == NONE or is_open < 2:
+        return large, False
+    least = step.rank_R[step.copy_C[small]["rank"]]["least"]
+    step.copy_C[small]["shut"] = _AT_LEAST if 2.0 * fewest >= least and free >= 2.0 * least else _SHUT_NOW
+    return large, True
+
+
+@compiled
+def _level(step: Step, first: int, total: float, late_s: float) -> None:
+    """Sets ``share``s so that copies finish at one time and take all tokens: Newton's method, kept between bounds."""
     level = top = weights = 0.0
     place = first
     while place != NONE:
@@ -100,6 +128,7 @@ def _level_of(step: Step, first: int, total: float, late_s: float) -> float:
         while place != NONE:
             copy = step.copy_C[place]
             taken, more = _tokens_at(copy, step.rank_R[copy["rank"]], level)
+            copy["share"] = taken
             tokens += taken
             slope += more
             place = copy["next"]
@@ -112,7 +141,6 @@ def _level_of(step: Step, first: int, total: float, late_s: float) -> float:
         level = level + (total - tokens) / slope if slope > 0.0 else high
         if level <= low or level >= high:
             level = 0.5 * (low + high)
-    return level
 
 
 @compiled
@@ -124,7 +152,7 @@ def _prepare(copy: Any, rank: Any, late_s: float) -> None:
     wire_in_s = rank["in_s"] * (rank["in"] - max(0.0, quota - born))
     wire_out_s = rank["out_s"] * (rank["out"] - max(0.0, born - quota))
     born_s = rank["fixed_s"] + rank["active_s"] * active + rank["token_s"] * (rank["tokens"] - quota + born)
-    copy["born_s"] = born_s + max(wire_in_s, wire_out_s)
+    copy["born_s"] = born_s + rank["copies_s"] + max(wire_in_s, wire_out_s)
     copy["free_in"] = max(0.0, wire_out_s - wire_in_s) / rank["in_s"]
     if rank["seconds"] <= late_s and rank["out_s"] * born >= rank["active_s"]:
         copy["free_out"] = -1.0
@@ -135,8 +163,8 @@ def _prepare(copy: Any, rank: Any, late_s: float) -> None:
 @compiled
 def _tokens_at(copy: Any, rank: Any, level: float) -> tuple[float, float]:
     """The most tokens of a copy with which its rank finishes by ``level``, all else as it is, and the slope of that."""
-    if copy["shut"] == 1:
-        return 0.0, 0.0
+    if copy["shut"] != 0:
+        return rank["least"] if copy["shut"] == _AT_LEAST else 0.0, 0.0
     born, token_s, over_s = copy["born"], rank["token_s"], level - copy["born_s"]
     if over_s >= 0.0:  # tokens born elsewhere come in
         free_s = token_s * copy["free_in"]

@@ -35,22 +35,25 @@ COPY = np.dtype(
         ("born_s", np.float64),
         ("free_in", np.float64),
         ("free_out", np.float64),
+        ("share", np.float64),
     ]
 )
 """``expert``: NONE where a slot is free. ``next``: copy of the same expert. ``source``: the rank a replica comes from, NONE at
 home. ``shut``: 1 where the copy is to compute nothing. ``born``: the expert's tokens born on the rank, ``quota``: those
-computed. The last three are ``balance_spread``'s."""
+computed. The last four are ``balance_spread``'s."""
 
 EXPERT = np.dtype([("first", np.int64), ("copies", np.int64), ("total", np.float64), ("most", np.float64)])
 """``first`` copy, at home; how many there are; tokens of all ranks, and the most of one."""
 
 RANK = np.dtype(
     [(name, np.float64) for name in ("seconds", "tokens", "active", "in", "out")]
-    + [(name, np.float64) for name in ("fixed_s", "active_s", "token_s", "in_s", "out_s", "weight")]
+    + [(name, np.float64) for name in ("fixed_s", "active_s", "token_s", "in_s", "out_s", "weight", "least")]
+    + [("copy_s", np.float64), ("copies_s", np.float64)]
     + [("slots", np.int64), ("gives", np.int64)]
 )
-"""``seconds`` = ``fixed_s + active_s * active + token_s * tokens`` and the larger of ``in_s * in`` and ``out_s * out``.
-``active``: copies with tokens. ``weight``: tokens that make a second, about.
+"""``seconds`` = ``copies_s + fixed_s + active_s * active + token_s * tokens`` and the larger of ``in_s * in`` and
+``out_s * out``. ``active``: copies with tokens. ``weight``: tokens that make a second, about. ``least``: of a copy's tokens.
+``copy_s``: processor time of one replica that the rank takes in or gives, ``copies_s``: of all of them.
 ``slots``, ``gives``: replicas that the rank may still take in and give."""
 
 TOUCH_FRAC = 0.05
@@ -63,7 +66,8 @@ NONE = -1
 
 class Group(NamedTuple):
     """What does not change between steps. ``token_s_R``: seconds of a token there and back over a rank's link; ``expert_s_R``:
-    of an expert's weights, one way. ``most_work``: copies set for one plan, after which it goes on to no more trials."""
+    of an expert's weights, one way. ``most_work``: copies set for one plan, after which it goes on to no more trials.
+    ``least_tokens``: that a copy computes, if any, and of ``least_active`` active experts' time."""
 
     slot_to_expert_S: Ints
     table: CostTable
@@ -71,6 +75,8 @@ class Group(NamedTuple):
     expert_s_R: Floats
     replica_slots: int
     most_work: int
+    least_tokens: float
+    least_active: float
 
 
 class Step(NamedTuple):
@@ -97,10 +103,13 @@ def copy_step(step: Step, to: Step) -> None:
 
 
 @compiled
-def home_step(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floats, window_s_R: Floats) -> Step:
+def home_step(
+    counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floats, window_s_R: Floats, copy_s_R: Floats
+) -> Step:
     """All tokens at home, evenly on the copies there. ``counts_RE``: token-expert assignments by the rank they are born on.
 
-    ``in_frac_R``, ``out_frac_R``: tokens that travel over assignments that do. ``window_s_R`` limits the replicas.
+    ``in_frac_R``, ``out_frac_R``: tokens that travel over assignments that do. ``window_s_R`` limits the replicas, and each
+    costs its two ranks ``copy_s_R``.
     """
     num_ranks, num_experts = counts_RE.shape
     num_slots = len(group.slot_to_expert_S)
@@ -120,6 +129,7 @@ def home_step(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Fl
         its["slots"] = min(group.replica_slots, its["gives"])
         its["in_s"] = max(LEAST_S, group.token_s_R[rank] * in_frac_R[rank])
         its["out_s"] = max(LEAST_S, group.token_s_R[rank] * out_frac_R[rank])
+        its["copy_s"] = copy_s_R[rank]
         for place in range(group.replica_slots):
             free = step.copy_C[num_slots + rank * group.replica_slots + place]
             free["expert"], free["rank"], free["next"], free["source"] = NONE, rank, NONE, NONE
@@ -183,8 +193,8 @@ def _put(step: Step, copy: int, tokens: float) -> None:
 
 @compiled
 def finish_s(its: Any) -> float:
-    """When a rank (its record) has received, computed and returned."""
-    seconds = max(its["in_s"] * its["in"], its["out_s"] * its["out"])
+    """When a rank (its record) has received, computed and returned, and moved its replicas."""
+    seconds = its["copies_s"] + max(its["in_s"] * its["in"], its["out_s"] * its["out"])
     if its["active"] > 0.0:
         seconds += its["fixed_s"] + its["active_s"] * its["active"] + its["token_s"] * its["tokens"]
     return float(seconds)
@@ -196,14 +206,15 @@ def curves_s_R(step: Step, table: CostTable) -> Floats:
     seconds_R = np.empty(len(step.rank_R))
     for rank in range(len(seconds_R)):
         its = step.rank_R[rank]
-        seconds_R[rank] = max(its["in_s"] * its["in"], its["out_s"] * its["out"])
+        seconds_R[rank] = its["copies_s"] + max(its["in_s"] * its["in"], its["out_s"] * its["out"])
         seconds_R[rank] += rank_s(table, rank, its["tokens"], its["active"])
     return seconds_R
 
 
 @compiled
-def touch_curves(step: Step, table: CostTable) -> None:
+def touch_curves(step: Step, group: Group) -> None:
     """Makes times linear around where ranks would be with tokens by their speed."""
+    table = group.table
     total = speed = 0.0
     for rank in range(len(step.rank_R)):
         total += step.rank_R[rank]["tokens"]
@@ -218,6 +229,7 @@ def touch_curves(step: Step, table: CostTable) -> None:
         active_s = rank_s(table, rank, tokens, active + 0.5) - rank_s(table, rank, tokens, active - 0.5)
         its["active_s"] = max(0.0, active_s)
         its["fixed_s"] = middle_s - its["token_s"] * tokens - its["active_s"] * active
+        its["least"] = max(1.0, group.least_tokens, group.least_active * its["active_s"] / its["token_s"])
         its["weight"] = 1.0 / (its["token_s"] + 0.5 * its["in_s"])
         its["seconds"] = finish_s(its)
 
@@ -236,7 +248,15 @@ def add_replica(step: Step, group: Group, counts_RE: Counts, expert: int, source
     step.expert_E[expert]["copies"] += 1
     step.rank_R[rank]["slots"] -= 1
     step.rank_R[source]["gives"] -= 1
+    _count_copy(step.rank_R[rank], 1.0)
+    _count_copy(step.rank_R[source], 1.0)
     return copy
+
+
+@compiled
+def _count_copy(its: Any, sign: float) -> None:
+    its["copies_s"] += sign * its["copy_s"]
+    its["seconds"] += sign * its["copy_s"]
 
 
 @compiled
@@ -255,6 +275,8 @@ def drop_replica(step: Step, copy: int) -> None:
     its["copies"] -= 1
     step.rank_R[old["rank"]]["slots"] += 1
     step.rank_R[old["source"]]["gives"] += 1
+    _count_copy(step.rank_R[old["rank"]], -1.0)
+    _count_copy(step.rank_R[old["source"]], -1.0)
     old["expert"] = NONE
 
 

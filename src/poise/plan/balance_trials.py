@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from poise.plan.balance_spread import CLOSE_FRAC, LATE_FRAC, LEAST_TOKENS, fill, spread
+from poise.plan.balance_spread import CLOSE_FRAC, LATE_FRAC, fill, spread
 from poise.plan.balance_state import (
     NONE,
     Counts,
@@ -173,15 +173,19 @@ def try_fewer(step: Step, group: Group, work: int) -> None:
     least_s = CLOSE_FRAC * slowest_s(step) * len(step.rank_R)
     for place in range(len(step.copy_C)):
         copy = step.copy_C[place]
-        if copy["expert"] == NONE or copy["quota"] == 0.0 or step.rank_R[copy["rank"]]["active_s"] < least_s:
+        its = step.rank_R[copy["rank"]]
+        if copy["expert"] == NONE or copy["quota"] == 0.0 or its["active_s"] + its["copy_s"] < least_s:
             continue
         if _active_copies(step, copy["expert"]) < 2:
             continue
         if work >= group.most_work:
             return
-        before_s = slowest_s(step)
-        copy["shut"] = 1
-        fill(step, copy["expert"], np.inf)
+        before_s, expert = slowest_s(step), copy["expert"]
+        if place < len(group.slot_to_expert_S):
+            copy["shut"] = 1
+        else:
+            drop_replica(step, place)
+        fill(step, expert, np.inf)
         work += spread(step) + len(step.copy_C) // 8
         if slowest_s(step) < (1.0 - CLOSE_FRAC / 2) * before_s:
             copy_step(step, kept)
@@ -210,9 +214,9 @@ def take_born(step: Step, copy: int) -> None:
     place = step.expert_E[new["expert"]]["first"]
     first = step.copy_C[place]
     tokens = min(new["born"], first["quota"] - min(first["quota"], first["born"]))
-    if first["quota"] - tokens < LEAST_TOKENS:
+    if first["quota"] - tokens < step.rank_R[first["rank"]]["least"]:
         tokens = first["quota"]
-    if tokens >= LEAST_TOKENS:
+    if tokens >= min(step.rank_R[new["rank"]]["least"], first["quota"]) and tokens >= 1.0:
         set_quota(step, place, first["quota"] - tokens)
         set_quota(step, copy, tokens)
 

@@ -22,7 +22,7 @@ from poise.bench.balance.optimum import GAP_FRAC, optimum_s, small_cases
 from poise.bench.balance.steps import MODELS, PHASES, RANK_SIGMA, SKEWS, WINDOW_FACTOR, Case, Model, case_of, imbalance
 from poise.bench.machine import stamp
 from poise.bench.results import document, write_result
-from poise.plan.balance import BalancePlan
+from poise.plan.balance import MOST_WORK, BalancePlan
 from poise.plan.balance_assignment import dispatch_of
 from poise.plan.balance_bound import step_bound_s
 
@@ -32,7 +32,7 @@ SLOTS = (0, 1, 2, 3, 4)
 STEPS = 12
 TIMED_STEPS, TIMED_ROUNDS = 40, 25
 SEEDS = 6
-EFFORTS = (500, 4000)
+EFFORTS = (MOST_WORK, 4000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
