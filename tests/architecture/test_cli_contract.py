@@ -24,7 +24,7 @@ FLAGS = {
     "generate": (
         "--prompts --output --resume --overwrite --max-tokens --memory --device --device-memory --dtype --quantize --machine "
         "--timeline --correlation-table --save-table --temperature --top-p --top-k --seed --stop --ignore-eos "
-        "--expert-parallel --balance --lookahead --replica-slots --json"
+        "--expert-parallel --balance --lookahead --online --replica-slots --json"
     ),
     "plan": (
         "--prompts --num-requests --prompt-tokens --max-tokens --memory --device --device-memory --dtype --quantize --machine "
@@ -136,6 +136,14 @@ def test_the_command_line_starts_without_torch() -> None:
         (
             ["generate", "m", "x", "--balance", "probe"],
             "--balance is about ranks that share the experts; give --expert-",
+        ),
+        (
+            ["generate", "m", "x", "--online"],
+            "--online has a lookahead predictor go on learning; give the predictor with",
+        ),
+        (
+            ["generate", "m", "x", "--expert-parallel", "--balance", "eplb", "--online"],
+            "--online is about replicas, and --balance eplb brings none",
         ),
         (["generate", "m", "x", "--replica-slots", "3"], "--replica-slots is about ranks that share the experts; give"),
         (

@@ -12,6 +12,7 @@ def layer_of(**values: list[list[list[float]]]) -> dict[str, np.ndarray]:
     """Two ranks, one pass, two layers; zero unless given."""
     names = ["routed_tokens", "home_pairs", "own_pairs", "guessed_wrong", "replicas_planned", "replicas_used"]
     names += ["replica_bytes", "declined", "counts_s", "balance_s", "aux_s", "rested"]
+    names += ["learnt_steps", "learnt_late", "learnt_s"]
     return {name: np.array(values.get(name, np.zeros((2, 1, 2))), dtype=float) for name in names}
 
 
@@ -60,3 +61,20 @@ def test_passes_in_which_balancing_rested_are_counted() -> None:
     assert both.to_json()["rested_passes"] == 1
     assert both.lines("nobody")[2].endswith("in 0 of 2 layers none paid")
     assert both.lines("nobody")[3].endswith("; it rested in 1 of 2 passes, where it costs more than it brings")
+
+
+def test_what_predictors_learn_meanwhile_is_said_beside_what_they_predict() -> None:
+    figures = step_figures_of(
+        layer_of(
+            own_pairs=[[[50, 50]], [[50, 50]]],
+            learnt_steps=[[[4, 0]], [[5, 1]]],
+            learnt_late=[[[1, 0]], [[0, 0]]],
+            learnt_s=[[[0.02, 0]], [[0.05, 0.01]]],
+        ),
+        np.array([[1.0], [0.9]]),
+    )
+    facts = figures.to_json()
+    assert (facts["learnt_steps"], facts["learnt_late"], facts["learnt_frac"]) == (10, 1, pytest.approx(0.04))
+    assert figures.lines("them")[1].endswith(
+        "; 10 steps of learning meanwhile, 4.0% of the time, 1 of them longer than the wait"
+    )

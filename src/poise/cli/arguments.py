@@ -127,6 +127,13 @@ LookaheadFile = Annotated[
         "ranks ask the model's own routers early, and one process its correlation table.",
     ),
 ]
+Online = Annotated[
+    bool,
+    typer.Option(
+        "--online",
+        help="Have the lookahead of --lookahead go on learning from what is generated, in idle time; ranks may begin without.",
+    ),
+]
 ReplicaSlots = Annotated[
     int | None,
     typer.Option(metavar="N", help="With --balance probe, the most copies a rank gets for a step; 3 if not given."),

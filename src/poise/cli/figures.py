@@ -64,6 +64,14 @@ def _of_ranks(llm: ParallelLLM) -> dict[str, Any]:
     }
 
 
+def learnt_lines(llm: LLM, stats: Mapping[str, Any]) -> list[str]:
+    """What a lookahead has learnt online; nothing where none does."""
+    if llm.online is None:
+        return []
+    share = llm.online.spent_s / stats["elapsed_s"]
+    return [f"learnt online: {llm.online.steps} steps of learning, {share:.1%} of the time"]
+
+
 def measured(progress: Progress, *, streams: bool) -> dict[str, Any]:
     """Where a run stands, with its rates and, where experts are streamed, what was read and how good the read-ahead was."""
     facts = {**asdict(progress), "generated_tokens_per_s": progress.generated_tokens_per_s}

@@ -24,7 +24,7 @@ from poise.cli.expert_parallel import (
     telling_others,
     this_launch,
 )
-from poise.cli.figures import plan_line, say_header, summary, taken
+from poise.cli.figures import learnt_lines, plan_line, say_header, summary, taken
 from poise.cli.generate_options import GenerateOptions
 from poise.cli.generate_view import View
 from poise.cli.output import ResultFile, fingerprint, finished_results
@@ -147,7 +147,7 @@ def _generate(
                     closing = closing_lines(llm, options.timeline)
                 stats, plan = taken(llm), llm.describe()
                 if isinstance(llm, LLM):
-                    closing = [plan_line(plan, stats)]
+                    closing = [plan_line(plan, stats), *learnt_lines(llm, stats)]
         except PromptError as error:
             raise _placed(error, pending, options.prompt_file) from None
         finally:
@@ -164,7 +164,11 @@ def _open(options: GenerateOptions, asked: Sequence[tuple[Prompt, SamplingParams
     from poise.engine.llm import LLM
     from poise.engine.lookahead_use import LookaheadUse
 
-    use = None if options.lookahead is None else LookaheadUse(file=options.lookahead, prefetches=True)
+    use = (
+        None
+        if options.lookahead is None
+        else LookaheadUse(file=options.lookahead, prefetches=True, online=options.online)
+    )
     return LLM(
         options.model,
         memory=options.memory,
@@ -187,6 +191,8 @@ def _open_ranks(options: GenerateOptions, launch: Launch, view: View | None) -> 
 
     steps = {"lookahead": options.lookahead, "replica_slots": options.replica_slots}
     given: dict[str, Any] = {name: value for name, value in steps.items() if value is not None}
+    if options.online:
+        given["online"] = True
     return ParallelLLM(
         options.model,
         launch,

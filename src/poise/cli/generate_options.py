@@ -44,6 +44,7 @@ class GenerateOptions:
     expert_parallel: bool = False
     balance: str = AUTO
     lookahead: Path | None = None
+    online: bool = False
     replica_slots: int | None = None
 
     def check(self) -> None:
@@ -80,7 +81,15 @@ class GenerateOptions:
             raise UsageError("--correlation-table and --save-table do not go with --expert-parallel; leave them out")
         if self.replica_slots is not None and not 1 <= self.replica_slots <= MOST_REPLICA_SLOTS:
             raise UsageError(f"--replica-slots is {self.replica_slots}; it must be from 1 to {MOST_REPLICA_SLOTS}")
-        of_steps = {"--lookahead": self.lookahead is not None, "--replica-slots": self.replica_slots is not None}
+        if self.online and self.lookahead is None and not self.expert_parallel:
+            raise UsageError(
+                "--online has a lookahead predictor go on learning; give the predictor with --lookahead FILE"
+            )
+        of_steps = {
+            "--lookahead": self.lookahead is not None,
+            "--online": self.online,
+            "--replica-slots": self.replica_slots is not None,
+        }
         unheeded = [flag for flag, is_given in of_steps.items() if is_given]
         if unheeded and self.balance not in (AUTO, *STEPWISE):
             raise UsageError(

@@ -20,6 +20,7 @@ from poise.cli.arguments import (
     MaxTokens,
     Memory,
     Model,
+    Online,
     Output,
     Overwrite,
     PromptFile,
@@ -76,6 +77,7 @@ def generate(
     expert_parallel: ExpertParallel = False,
     balance: Balance = "auto",
     lookahead: LookaheadFile = None,
+    online: Online = False,
     replica_slots: ReplicaSlots = None,
     json_output: Json = False,
 ) -> None:
@@ -118,6 +120,7 @@ def generate(
             expert_parallel=expert_parallel,
             balance=balance,
             lookahead=lookahead,
+            online=online,
             replica_slots=replica_slots,
         )
     )

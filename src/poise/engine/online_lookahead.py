@@ -71,9 +71,17 @@ class OnlineLearner:
         self.spent_s = 0.0
 
     def on_seam(self, layer: int, hidden_TH: torch.Tensor, chosen_TK: Ints) -> None:
-        """See ``engine.routing``. A pass's tokens are kept once it has reached its last layer."""
+        """See ``engine.routing``."""
+        self.saw(layer, hidden_TH)
+
+    def saw(self, layer: int, hidden_TH: torch.Tensor) -> None:
+        """A pass's tokens are kept once it has reached its last layer. They are as many at all of its layers, or none."""
+        if self._last_s is None:
+            self._last_s = self._clock()
         if layer == 0:
             self._pass.clear()
+        if not len(hidden_TH):
+            return
         self._pass.append(own_copy(hidden_TH[:: -(-len(hidden_TH) // self._rule.pass_tokens)]))
         if layer + 1 == len(self._lookahead.experts_L):
             self._keep()
@@ -81,8 +89,9 @@ class OnlineLearner:
     def idle(self) -> bool:
         """Makes a step if it may; whether it did. Takes milliseconds."""
         now_s = self._clock()
-        if self._last_s is not None:
-            self._allowed_s += self._rule.time_frac * (now_s - self._last_s)
+        if self._last_s is None:
+            return False
+        self._allowed_s += self._rule.time_frac * (now_s - self._last_s)
         self._last_s = now_s
         self._allowed_s = min(self._allowed_s, self._rule.saved_s)
         if self._allowed_s <= 0 or not self._layers or self._filled < self._rule.training.batch_tokens:

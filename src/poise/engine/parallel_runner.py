@@ -248,3 +248,5 @@ class ParallelRunner:
             self.timeline.add(COMPUTE, "pass", perf_counter_ns() - round(pass_s * 1e9), number=self.passes)
         if self.recorder is not None:
             self.recorder.end_pass(pass_s=pass_s, agreed_s=self._agreed_s)
+        if self.layers.learning is not None and self.layers.is_balanced:
+            self.layers.learning.between_passes(self.passes)

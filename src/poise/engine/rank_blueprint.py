@@ -21,6 +21,7 @@ from poise.engine.rank_device import budget_for, carrier_for, device_for
 from poise.engine.vibe import Vibe
 from poise.errors import UsageError
 from poise.model.int4_making import OnMade
+from poise.model.lookahead_training import WIDTH
 from poise.parallel.carrier import Carrier
 from poise.parallel.launch import Launch
 from poise.parallel.rank_experts import shard_bytes
@@ -129,7 +130,10 @@ def draw_up_for_rank(
 
 def _lookahead(steps: StepOptions | None) -> LookaheadUse | None:
     """What asks routers a layer early, where steps are balanced by that."""
-    return LookaheadUse(file=steps.lookahead) if steps is not None and steps.predictor == "gate" else None
+    if steps is None or steps.predictor != "gate":
+        return None
+    width = WIDTH if steps.online and steps.lookahead is None else None
+    return LookaheadUse(width=width, file=steps.lookahead, online=steps.online)
 
 
 def _digest_of(use: LookaheadUse | None) -> str:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 
 from poise.engine.balancing import Balancing
 from poise.engine.blueprint import Blueprint
+from poise.engine.lookahead_use import make_lookahead
 from poise.engine.parallel_runner import Agreement, ParallelRunner
 from poise.engine.planning import SHORTEST
 from poise.engine.probe import probe
 from poise.engine.rank_blueprint import RankBlueprint
+from poise.engine.rank_learning import RankLearning
 from poise.engine.rank_recorder import RankRecorder
 from poise.engine.stepwise import stepwise
 from poise.model.dense import load_dense
@@ -138,7 +140,14 @@ class RankRuntime:
             self._closes.append(self.balancing)
             self.balancing.get_ready()
         if balances.steps is not None:
-            layers.balance = stepwise(group, experts, self.migration, balances.steps, self.blueprint, curves=curves)
+            drawn = self.blueprint
+            use, of_model = drawn.options.lookahead, (drawn.model, drawn.modules, drawn.sites, drawn.checkpoint)
+            lookahead = None if use is None else make_lookahead(use, *of_model)
+            if use is not None and use.online and lookahead is not None:
+                layers.learning = RankLearning(lookahead)
+            layers.balance = stepwise(
+                group, experts, self.migration, balances.steps, drawn, lookahead=lookahead, curves=curves
+            )
             self._closes.append(layers.balance)
             layers.balance.get_ready()
             self.recorder.balances_steps = True

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from poise.engine.blueprint import Blueprint
-from poise.engine.lookahead_use import make_lookahead
 from poise.errors import UsageError
+from poise.model.lookahead import Lookahead
 from poise.parallel.forecast import Ahead, Forecast, LastPass, Replayed
 from poise.parallel.group import RankGroup
 from poise.parallel.links import open_links
@@ -42,12 +42,14 @@ def stepwise(
     options: StepOptions,
     drawn: Blueprint,
     *,
+    lookahead: Lookahead | None,
     curves: RankCosts | None,
 ) -> StepBalance:
-    """All ranks at once. ``curves``: of the ranks, where they were measured. Raises UsageError."""
+    """All ranks at once. ``lookahead``: where ``options`` want one. ``curves``: of the ranks, where they were measured. Raises
+    UsageError."""
     placement, sources_LE = migration.placement, drawn.layout.experts_LE
     layers, num_experts = len(placement.layers), placement.num_experts
-    forecast = forecast_of(options, drawn, rank=group.rank, num_layers=layers, num_experts=num_experts)
+    forecast = forecast_of(options, lookahead, rank=group.rank, num_layers=layers, num_experts=num_experts)
     links_R = _link_rates(group)
     chunk_bytes = options.chunk_bytes or int(np.clip(CHUNK_S * np.median(links_R), LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES))
     slots = ReplicaSlots(sources_LE, replica_slots=options.replica_slots, device=group.device)
@@ -84,9 +86,9 @@ def stepwise(
 
 
 def forecast_of(
-    options: StepOptions, drawn: Blueprint, *, rank: int, num_layers: int, num_experts: int
+    options: StepOptions, lookahead: Lookahead | None, *, rank: int, num_layers: int, num_experts: int
 ) -> Forecast | None:
-    """Who predicts; None: nobody, replicas are fetched behind the router. Raises UsageError, TraceError."""
+    """Who predicts; None: nobody, replicas are fetched behind the router. Raises UsageError."""
     if options.predictor == "none":
         return None
     if options.predictor == "replayed":
@@ -94,10 +96,8 @@ def forecast_of(
         return Replayed(_replay(options.replay, rank, num_layers, num_experts))
     if options.predictor == "last":
         return LastPass(num_layers, num_experts)
-    use = drawn.options.lookahead
-    assert use is not None, "whoever asks routers early has drawn the model up with that"
-    lookahead = make_lookahead(use, drawn.model, drawn.modules, drawn.sites, drawn.checkpoint)
-    return Ahead(lookahead, num_layers, num_experts)
+    assert lookahead is not None, "whoever asks routers early has drawn the model up with that"
+    return Ahead(lookahead, num_layers, num_experts, online=options.online)
 
 
 def _replay(file: Path, rank: int, num_layers: int, num_experts: int) -> npt.NDArray[np.int64]:

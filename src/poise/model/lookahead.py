@@ -59,6 +59,8 @@ class Lookahead(nn.Module):
     def __init__(self, routers: Sequence[FrozenRouter | None], experts_L: Sequence[int], width: int | None) -> None:
         super().__init__()
         self.width = width
+        self.is_distilled = False
+        """Whether its residuals come from a file."""
         self.experts_L = tuple(experts_L)
         self._predicted = tuple(layer for layer, router in enumerate(routers) if layer and router is not None)
         self.routers = nn.ModuleDict({str(at): router for at, router in enumerate(routers) if router is not None})
@@ -99,7 +101,9 @@ class Lookahead(nn.Module):
     @property
     def name(self) -> str:
         """For people."""
-        return f"{'frozen' if self.width is None else 'distilled'} routers, asked a layer early"
+        if self.width is None:
+            return "frozen routers, asked a layer early"
+        return f"{'distilled routers' if self.is_distilled else 'routers and residuals'}, asked a layer early"
 
     @property
     def predicted_layers(self) -> tuple[int, ...]:
@@ -182,6 +186,7 @@ class Lookahead(nn.Module):
             for residual, inner_WH, outer_EW in zip(lookahead._residuals(), inner_PWH, outer_PEW, strict=True):
                 for parameter, values in ((residual.inner_WH, inner_WH), (residual.outer_EW, outer_EW)):
                     parameter.copy_(torch.from_numpy(values)[: len(parameter), : parameter.shape[1]])
+        lookahead.is_distilled = True
         return lookahead
 
     def _residuals(self) -> list[Residual]:

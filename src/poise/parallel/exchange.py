@@ -8,12 +8,14 @@ it, or a bound of it, from what they told before (``Coming``). Letters as in ``p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Protocol
 
 import torch
 
 from poise.parallel.group import RankGroup
+from poise.parallel.learning import Learning
 from poise.parallel.routes import Routes
 
 NO_ROW = -1
@@ -72,6 +74,7 @@ class TokenExchange:
         self._group = group
         self._hidden, self._top_k, self._dtype = hidden, top_k, dtype
         self.aside: Aside | None = None
+        self.learning: Learning | None = None
         self._row_bytes = -(-(8 * top_k + hidden * dtype.itemsize) // 8) * 8
 
     def nothing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -123,13 +126,16 @@ class TokenExchange:
             nbytes=(sum(routes.sent_R) - routes.sent_R[self._group.rank]) * self._row_bytes,
         )
 
-    def combine(self, partial_MH: torch.Tensor, received: Received, *, tokens: int) -> torch.Tensor:
+    def combine(self, partial_MH: torch.Tensor, received: Received, *, tokens: int, layer: int) -> torch.Tensor:
         """Returns each row's outputs to its owner, who adds them up by rank, in fp32: shape (tokens, H) in ``dtype``."""
-        routes, aside = received.routes, self.aside
+        routes, aside, learning = received.routes, self.aside, self.learning
         back_NH = torch.empty(len(routes.token_N), self._hidden, dtype=self._dtype, device=self._group.device)
         if aside is not None:
             aside.outputs_leave()
-        self._group.all_to_all(back_NH, partial_MH.contiguous(), routes.sent_R, received.received_R)
+        began_s, wait = perf_counter(), None if learning is None else partial(learning.wait, layer)
+        self._group.all_to_all(back_NH, partial_MH.contiguous(), routes.sent_R, received.received_R, while_waiting=wait)
+        if learning is not None:
+            learning.waited(layer, perf_counter() - began_s)
         if aside is not None:
             aside.outputs_came()
         output_TH = torch.zeros(tokens, self._hidden, device=self._group.device)

@@ -47,10 +47,14 @@ class LastPass:
 
 
 class Ahead:
-    """By the router of the layer to come, asked a layer early; what cannot be predicted is as in the pass before."""
+    """By the router of the layer to come, asked a layer early; what cannot be predicted is as in the pass before.
 
-    def __init__(self, lookahead: Lookahead, num_layers: int, num_experts: int) -> None:
+    ``online``: somebody has the lookahead learn meanwhile.
+    """
+
+    def __init__(self, lookahead: Lookahead, num_layers: int, num_experts: int, *, online: bool = False) -> None:
         self._lookahead = lookahead
+        self._learns = ", learning online" if online else ""
         self._last = LastPass(num_layers, num_experts)
         self._num_layers, self._num_experts = num_layers, num_experts
 
@@ -58,7 +62,8 @@ class Ahead:
     def name(self) -> str:
         if not self._lookahead.predicted_layers:
             return self._last.name
-        return f"{self._lookahead.name} ({len(self._lookahead.predicted_layers)} of {self._num_layers} layers)"
+        layers = f"{len(self._lookahead.predicted_layers)} of {self._num_layers} layers"
+        return f"{self._lookahead.name} ({layers}){self._learns}"
 
     def saw(self, layer: int, own_E: Counts) -> None:
         self._last.saw(layer, own_E)

@@ -106,10 +106,11 @@ class RankGroup:
         sent_R: Sequence[int],
         *,
         meanwhile: Callable[[], None] | None = None,
+        while_waiting: Callable[[Callable[[], bool]], None] | None = None,
     ) -> None:
         """Rows of ``sent`` go to ranks 0, 1, ... in pieces of ``sent_R`` rows; ``received`` is filled likewise.
 
-        ``meanwhile`` is called while they travel.
+        ``meanwhile`` is called while they travel, and then ``while_waiting``, with what says whether all have come.
         """
         self._enter()
         place, taken = self.carrier.place_for(received), self.carrier.taken(sent)
@@ -119,6 +120,8 @@ class RankGroup:
             raise self._watching.explain(_first_line(error)) from None
         if meanwhile is not None:
             meanwhile()
+        if while_waiting is not None:
+            while_waiting(work.is_completed)
         self._wait(work)
         self.carrier.put_back(place, received)
 

@@ -21,6 +21,7 @@ from poise.model.moe_layer import joined, real_choices_TK, run_experts
 from poise.model.seam import Parked
 from poise.model.streams import settle
 from poise.parallel.exchange import Received, TokenExchange
+from poise.parallel.learning import Learning
 from poise.parallel.rank_experts import RankExperts
 from poise.parallel.routes import Copies, Routes, route
 from poise.parallel.step_balance import StepBalance
@@ -97,6 +98,8 @@ class ExpertParallelLayers:
         self._whole_balance: StepBalance | None = None
         self._balance: StepBalance | None = None
         """Of the pass at hand: None where it rests."""
+        self.learning: Learning | None = None
+        """Learns in passes that are balanced."""
         self.copies_L = list(copies_L)
         self._rank = rank
         self.records: list[LayerRecord] | None = None
@@ -122,6 +125,7 @@ class ExpertParallelLayers:
         """On all ranks alike, once ``balance`` has begun it."""
         balance = self._whole_balance
         self._balance = self._exchange.aside = None if balance is None or balance.rests else balance
+        self._exchange.learning = self.learning if self._balance else None
 
     @property
     def is_balanced(self) -> bool:
@@ -146,6 +150,8 @@ class ExpertParallelLayers:
             settle(entry.hidden_TH.device)  # what comes before is not this layer's time
         began_s = perf_counter()
         hidden_TH, choice_TK, weights_TK = self._joined(parked, real)
+        if self.learning is not None and self.is_balanced:
+            self.learning.on_layer(layer, parked, real)
         if self.counts_LE is not None:
             num_experts = self.counts_LE.shape[1]
             self.counts_LE[layer] += torch.bincount(choice_TK.flatten(), minlength=num_experts + 1)[:num_experts].numpy(
@@ -191,7 +197,7 @@ class ExpertParallelLayers:
     def combine(self, turn: Turn, received: Received, computed: Computed) -> list[torch.Tensor]:
         """The last step, an exchange."""
         began_ns = perf_counter_ns()
-        output_TH = self._exchange.combine(computed.partial_MH, received, tokens=sum(turn.tokens))
+        output_TH = self._exchange.combine(computed.partial_MH, received, tokens=sum(turn.tokens), layer=turn.layer)
         if self.timeline is not None:
             self.timeline.add(EXCHANGE, "combine", began_ns, layer=turn.layer)
         if self.records is not None or self.on_record is not None:
@@ -203,6 +209,9 @@ class ExpertParallelLayers:
         if self._balance is not None:
             note = self._balance.note
             note.counts_s += received.waited_s
+        if self.learning is not None:
+            learnt = self.learning.taken()
+            note.learnt_steps, note.learnt_s, note.learnt_late = learnt.steps, learnt.seconds, learnt.late
         record = LayerRecord(
             layer=turn.layer,
             routed_tokens=computed.routed_tokens,

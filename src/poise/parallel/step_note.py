@@ -15,6 +15,7 @@ class StepNote:
     and, behind the router, to get replicas. ``counts_s``: what of waiting would not be without balancing: messages beyond the
     one that there is anyway, replicas that are waited for. ``balance_s``: predicting, planning and dividing on the computing
     thread (planning while rows travel); ``aux_s``: processor time of the auxiliary thread. ``rested``: 1 where it rested.
+    ``learnt_steps``, ``learnt_s``, ``learnt_late``: what the predictor did since the layer before (``parallel.learning``).
     """
 
     home_pairs: float = 0.0
@@ -29,6 +30,9 @@ class StepNote:
     aux_s: float = 0.0
     told_s: float = 0.0
     rested: int = 0
+    learnt_steps: int = 0
+    learnt_s: float = 0.0
+    learnt_late: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,8 @@ class StepOptions:
     """``predictor``: of the counts of the layer to come: its router asked a layer early ("gate"; with ``lookahead``, a file of
     `poise distill`, as it was trained); as in the last pass ("last"); not at all: replicas are fetched behind the router, and
     waited for ("none"); from ``replay``, a file of counts for each rank that an earlier run kept ("replayed", for
-    measurements).
+    measurements). ``online``: the first kind goes on learning from each rank's own tokens while the rank waits for others;
+    without a file it begins with nothing but the routers.
 
     ``replica_slots``: on each rank, twice. ``suspends``: no chunk is asked for while tokens travel. ``chunk_bytes``: of a
     replica at a time; None: what a link carries in ``engine.stepwise.CHUNK_S``. ``most_work``: as the planner has it.
@@ -25,6 +26,7 @@ class StepOptions:
 
     predictor: str = "gate"
     lookahead: Path | None = None
+    online: bool = False
     replay: Path | None = None
     replica_slots: int = 3
     suspends: bool = True
@@ -39,5 +41,7 @@ class StepOptions:
             raise UsageError(f"replica slots are {self.replica_slots}; give 0 to 16")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise UsageError(f"chunks are {self.chunk_bytes} bytes; give 1 or more")
+        if self.online and self.predictor != "gate":
+            raise UsageError(f"predictor {self.predictor!r} has nothing that could learn online; choose 'gate'")
         if (self.replay is not None) != (self.predictor == "replayed"):
             raise UsageError("counts to replay go with predictor 'replayed', and only with it")

@@ -13,6 +13,18 @@ from typing import Any
 from poise.report.of_passes import Floats, OfPasses, over_mean, spread
 from poise.units import format_bytes, format_s
 
+SUMMED = (
+    "own_pairs",
+    "guessed_wrong",
+    "replicas_planned",
+    "replicas_used",
+    "replica_bytes",
+    "aux_s",
+    "learnt_steps",
+    "learnt_late",
+)
+"""Over ranks."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepFigures(OfPasses):
@@ -23,7 +35,8 @@ class StepFigures(OfPasses):
     between came too late, or not at all. ``replica_bytes``: of all that came. ``declined``: layers in which nothing paid.
     ``exposed_s``: predicting, planning, dividing, and the message of counts: what passes are longer for it, mean over ranks.
     ``aux_s``: processor time of the auxiliary threads. ``rested``: layers in which nothing was predicted or planned, as that
-    would have cost more than it brings.
+    would have cost more than it brings. ``learnt_steps`` of all ranks' predictors, of which ``learnt_late`` ended when nobody
+    waited any more; ``learnt_s``: mean over ranks.
     """
 
     home_imbalance_P: Floats
@@ -37,6 +50,9 @@ class StepFigures(OfPasses):
     exposed_s_P: Floats
     aux_s_P: Floats
     rested_P: Floats
+    learnt_steps_P: Floats
+    learnt_late_P: Floats
+    learnt_s_P: Floats
     home_imbalance_L: Floats
     imbalance_L: Floats
     own_pairs_L: Floats
@@ -48,6 +64,9 @@ class StepFigures(OfPasses):
     exposed_s_L: Floats
     aux_s_L: Floats
     rested_L: Floats
+    learnt_steps_L: Floats
+    learnt_late_L: Floats
+    learnt_s_L: Floats
 
     def to_json(self) -> dict[str, Any]:
         """For machines: a summary, then by layer and by pass."""
@@ -63,6 +82,9 @@ class StepFigures(OfPasses):
             "rested_passes": int((self.rested_P > 0).sum()),
             "exposed_frac": _share(self.exposed_s_P, self.pass_s_P),
             "aux_s": float(self.aux_s_P.sum()),
+            "learnt_steps": float(self.learnt_steps_P.sum()),
+            "learnt_late": float(self.learnt_late_P.sum()),
+            "learnt_frac": _share(self.learnt_s_P, self.pass_s_P),
             "layers": self.table("_L"),
             "steps": self.table("_P"),
         }
@@ -77,22 +99,30 @@ class StepFigures(OfPasses):
             f"steps balanced: tokens, most of a rank over the mean, {self.home_imbalance_P.mean():.2f} with experts at home, "
             f"{self.imbalance_P.mean():.2f} with replicas",
             f"predicted by {predictor}: {1 - _share(self.guessed_wrong_P, self.own_pairs_P):.0%} of the tokens for the experts "
-            "that they went to",
+            f"that they went to{self._learnt()}",
             f"replicas: {used:.0f} used, {planned - used:.0f} late, {format_bytes(float(self.replica_bytes_P.sum()))} came; "
             f"in {self.declined_P.sum():.0f} of {balanced} layers none paid",
             f"cost of it: {_share(self.exposed_s_P, self.pass_s_P):.1%} of the passes, and "
             f"{format_s(float(self.aux_s_P.sum()))} of processor time aside on all ranks{rests}",
         ]
 
+    def _learnt(self) -> str:
+        """What the predictors have learnt meanwhile."""
+        steps, late = self.learnt_steps_P.sum(), self.learnt_late_P.sum()
+        if not steps:
+            return ""
+        return (
+            f"; {steps:.0f} steps of learning meanwhile, {_share(self.learnt_s_P, self.pass_s_P):.1%} of the time, "
+            f"{late:.0f} of them longer than the wait"
+        )
+
 
 def step_figures_of(layer: Mapping[str, Floats], pass_s_RP: Floats) -> StepFigures:
     """``layer``: by name of a field of ``parallel.moe_layer.LayerRecord``, its value of each rank, pass and layer (R, P, L)."""
-    sums_PL = {
-        name: layer[name].sum(axis=0)
-        for name in ("own_pairs", "guessed_wrong", "replicas_planned", "replicas_used", "replica_bytes", "aux_s")
-    }
+    sums_PL = {name: layer[name].sum(axis=0) for name in SUMMED}
     sums_PL |= {name: layer[name].max(axis=0) for name in ("declined", "rested")}
     sums_PL["exposed_s"] = layer["balance_s"].mean(axis=0) + layer["counts_s"].min(axis=0)
+    sums_PL["learnt_s"] = layer["learnt_s"].mean(axis=0)
     home_PL, now_PL = over_mean(layer["home_pairs"]), over_mean(layer["routed_tokens"])
     return StepFigures(
         pass_s_P=pass_s_RP.max(axis=0),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from poise.bench.parallel.case import Case
@@ -20,17 +21,18 @@ KINDS = ("code profile", "prose profile")
 WITHIN_S = 400.0
 
 
-def distilled(directory: Path, bundled: Case, widened: Case) -> Path:
-    """The file for the widened model. Raises PoiseError where `poise distill` fails."""
+def distilled(directory: Path, bundled: Case, widened: Case, *, kinds: Sequence[str] = KINDS) -> Path:
+    """The file for the widened model. ``kinds``: of rows, to learn from. Raises PoiseError where `poise distill` fails."""
     from poise.model.checkpoint import open_checkpoint
     from poise.model.fingerprint import model_fingerprint
     from poise.model.lookahead import LOOKAHEAD_FORMAT
 
-    target = directory / f"{widened.model.name}-lookahead.safetensors"
+    only = "" if tuple(kinds) == KINDS else "-".join(["", *kinds]).replace(" ", "-")
+    target = directory / f"{widened.model.name}-lookahead{only}.safetensors"
     if target.exists():
         return target
-    own, prompts = directory / "bundled-lookahead.safetensors", directory / "distill.jsonl"
-    rows = [row.tolist() for kind in KINDS for row in bundled.rows[kind]]
+    own, prompts = directory / f"bundled-lookahead{only}.safetensors", directory / f"distill{only}.jsonl"
+    rows = [row.tolist() for kind in kinds for row in bundled.rows[kind]]
     write_whole(prompts, "".join(json.dumps({"prompt_token_ids": row}) + "\n" for row in rows))
     command = [sys.executable, "-m", "poise", "distill", str(bundled.model), "--prompts", str(prompts)]
     run = subprocess.run(

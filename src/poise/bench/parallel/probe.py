@@ -46,6 +46,7 @@ from poise.bench.parallel.contest import (
     contest,
 )
 from poise.bench.parallel.distilled import distilled
+from poise.bench.parallel.online import learning_through_a_switch
 from poise.bench.parallel.probe_tables import tables
 from poise.bench.parallel.session import Session
 from poise.bench.parts import Parts
@@ -107,6 +108,7 @@ class _Suite:
             "decode-switch-512": lambda: self._decode_switch_of_many(widened),
             "unequal": lambda: self._prefill(widened, unequal, _rows(widened, "code"), self._all(widened) | PROBE_VIBE),
             "ways": lambda: self._ways(widened),
+            "online": lambda: self._online(widened),
             "slots": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | SLOTS, warm_up=KNOWN),
             "no-engines": lambda: self._prefill(
                 widened, equal_ranks(), _rows(widened, "code"), STATIC | PROBE, warm_up=KNOWN
@@ -159,6 +161,13 @@ class _Suite:
         rows = [cycled(case.rows["prose"], SETTLED * ranks), cycled(case.rows["code"], self._steps * ranks)]
         contenders = self._all(case, movers=ONCE)
         return self._prefill(case, layout, np.concatenate(rows), contenders, warm_up=SETTLED)
+
+    def _online(self, case: Case) -> dict[str, Any]:
+        """Predictors that were distilled on prose, and then see code: as they are, and learning."""
+        on_prose = distilled(self._directory, bundled_case(self._directory), case, kinds=["prose profile"])
+        with Session(replace(equal_ranks(), copy_engines=True)) as session:
+            facts = learning_through_a_switch(session, case, self._scratch, on_prose)
+            return self._about(case, session, "prefill", case.rows["code"].shape[1]) | facts
 
     def _decode_switch_of_many(self, case: Case) -> dict[str, Any]:
         """As many sequences a rank as the paper's least, against EPLB that has arranged experts for prose."""
@@ -239,6 +248,7 @@ PARTS = (
     "decode-switch-512",
     "unequal",
     "ways",
+    "online",
     "slots",
     "no-engines",
     "random",

@@ -26,7 +26,7 @@ def tables(parts: Mapping[str, Facts]) -> list[Table]:
     made = []
     for name, facts in parts.items():
         for row in facts.get("rows", [facts]):
-            made += [_speeds(name, row), _balanced(row)]
+            made += [_learnt(name, row)] if "block_passes" in row else [_speeds(name, row), _balanced(row)]
     return made
 
 
@@ -68,6 +68,25 @@ def _balanced(facts: Facts) -> Table:
             f"{1e3 * told['aux_s_per_pass']:.0f} ms",
         )
     table.caption = "replicas, MB, layers where none paid and processor time aside: of a pass"
+    return table
+
+
+def _learnt(name: str, facts: Facts) -> Table:
+    """What predictors guess wrong, block by block of passes, and what learning took."""
+    blocks = len(next(iter(facts["policies"].values()))["guessed_wrong_frac"])
+    begins = [facts["block_passes"] * block - facts["passes_before"] for block in range(blocks)]
+    title = f"{name}: guessed wrong, by passes from the switch to code on; {facts['layout']}; {facts['model']}"
+    table = _empty(title, (*(f"{begin:+d}" for begin in begins), "tokens max/mean", "step", "steps learnt", "of time"))
+    for policy, row in facts["policies"].items():
+        table.add_row(
+            policy,
+            *(f"{wrong:.1%}" for wrong in row["guessed_wrong_frac"]),
+            f"{row['imbalance'][-1]:.2f}",
+            f"{1e3 * row['step_s'][-1]:.0f} ms",
+            f"{row['learnt_steps']:.0f}",
+            f"{row['learnt_frac']:.1%}",
+        )
+    table.caption = "tokens max/mean and step: of the last block; steps: of all ranks"
     return table
 
 
