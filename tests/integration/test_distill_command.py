@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,9 +116,9 @@ def test_two_ranks_predict_by_it_and_generate_what_one_process_does(
     prompts, wanted = asked
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = [*torchrun, "--master-port", str(free_port()), "-m", "poise", "generate", MODEL, "--expert-parallel"]
-    document, told = generated([*command, "--balance", "probe", "--lookahead", distilled[0]], prompts)
+    document, told = generated([*command, "--balance", "probe", "--lookahead", distilled[0], "--online"], prompts)
     assert [result["token_ids"] for result in document["results"]] == wanted
-    predictor = "distilled routers, asked a layer early (5 of 6 layers)"
+    predictor = "distilled routers, asked a layer early (5 of 6 layers), learning online"
     assert (document["plan"]["balance"], document["plan"]["predictor"]) == ("probe", predictor)
     balanced = document["stats"]["parallel"]["balanced"]
     wrong_frac = balanced["guessed_wrong_frac"]
@@ -127,6 +128,21 @@ def test_two_ranks_predict_by_it_and_generate_what_one_process_does(
     tokens, frozen_frac = start_ranks(unlearnt, 2, tmp_path, texts).results(within_s=120)[0]
     assert tokens == wanted
     assert wrong_frac < 0.8 * frozen_frac, "what was learnt predicts better"
+
+
+def test_one_process_learns_on(
+    distilled: tuple[Path, dict[str, Any]], asked: tuple[Path, list[list[int]]], tmp_path: Path
+) -> None:
+    prompts, wanted = asked
+    often = tmp_path / "often.jsonl"
+    often.write_text(prompts.read_text() * 10)
+    command = [sys.executable, "-m", "poise", "generate", MODEL, "--lookahead", distilled[0], "--online"]
+    document, told = generated(command, often)
+    found = re.search(r"learnt online: (\d+) steps of learning, (\d+\.\d)% of the time$", told, re.MULTILINE)
+    assert found is not None, told
+    assert int(found[1]) > 0
+    assert float(found[2]) < 10.0
+    assert [result["token_ids"] for result in document["results"]] == wanted * 10
 
 
 def test_one_process_reads_ahead_by_it(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from poise.bench.parallel import plot
+from poise.bench.parallel import online, plot, probe_tables
 from poise.bench.parallel.change import SETTLED, recovered_at
 from poise.bench.parallel.session import JobResult
 from poise.bench.parallel.tables import MAKERS, tables
@@ -88,3 +88,23 @@ def test_recovery_is_drawn(tmp_path: Path) -> None:
     plot.draw({"switch": CHANGE}, target, source="a file")
     assert target.read_bytes().startswith(b"\x89PNG")
     assert plot.smoothed([1.0, 9.0, 1.0, 1.0]) == [5.0, 1.0, 1.0, 1.0]
+
+
+def test_learning_is_shown_by_blocks_of_passes_from_the_switch_on() -> None:
+    passes, block = online.BEFORE + 2, online.BLOCK_PASSES
+    wrong_P = [10.0] * online.BEFORE + [40.0, 20.0]
+    steps = {
+        name: [1.0] * passes for name in ("pass_s", "home_imbalance", "imbalance", "replicas_used", "learnt_steps")
+    }
+    told = {"steps": {**steps, "own_pairs": [100.0] * passes, "guessed_wrong": wrong_P}}
+    told |= {"learnt_steps": 7.0, "learnt_late": 1.0, "learnt_frac": 0.02}
+    stamps_ns = [1e9 * number for number in range(passes + 1)]
+    ran = JobResult(facts={"balanced": told, "stamps_ns": stamps_ns}, records_RPLN=None, load_RPLE=None)
+    row = online._facts(ran)
+    assert row["guessed_wrong_frac"] == pytest.approx([0.1] * (online.BEFORE // block) + [0.3])
+    assert row["step_s"] == pytest.approx([1.0] * len(row["guessed_wrong_frac"]))
+    facts = {"block_passes": block, "passes_before": online.BEFORE, "layout": "", "model": "", "policies": {"one": row}}
+    (table,) = probe_tables.tables({"online": facts})
+    headers = [str(column.header) for column in table.columns]
+    assert headers[1:4] == ["-16", "-8", "+0"]
+    assert list(table.columns[3].cells) == ["30.0%"]
