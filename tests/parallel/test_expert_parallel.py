@@ -184,7 +184,7 @@ def receive(launch: Launch, more: int) -> tuple[Received, Received]:
         most_R = [rows + (0 if rank == group.rank else more) for rank, rows in enumerate(counted.received_R)]
         coming = Coming(rows_R=tuple(most_R), is_exact=False)
         bounded = exchange.dispatch(hidden_TH, weights_TK, routes, layer=0, coming=coming)
-        back_TH = exchange.combine(bounded.hidden_MH, bounded, tokens=len(hidden_TH))
+        back_TH = exchange.combine(bounded.hidden_MH, bounded, tokens=len(hidden_TH), layer=0)
         ranks_T = torch.bincount(routes.token_N, minlength=len(hidden_TH))
         assert torch.allclose(back_TH, hidden_TH * ranks_T[:, None])
         return counted, bounded
