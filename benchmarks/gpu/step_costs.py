@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from poise.model.lookahead import Lookahead
 from poise.model.lookahead_training import WIDTH
 from poise.parallel.forecast import Ahead
 from poise.parallel.routes import Copies, route, route_by
-from poise.parallel.step_news import NUM_FIELDS
+from poise.parallel.step_news import RankNews
 from poise.parallel.step_options import StepOptions
 from poise.parallel.step_planner import Links, StepPlanner
 from poise.profile.experts import expert_run, load_experts
@@ -88,17 +89,17 @@ def _parts(phase: str) -> Iterator[tuple[str, float]]:
     one_R = np.ones(RANKS)
     plan = planner.plan(0, counts_RE, 1e-3 * one_R, one_R, one_R)
     assert plan is not None, "costs are known"
-    dispatch = planner.dispatch(0, counts_RE, plan.replica_N3, 0)
+    dispatch = planner.dispatch(0, counts_RE, plan.replica_N3, one_R, one_R, rank=0)
     assert dispatch is not None, "costs are known"
     choice_TK = _choices(counts_RE[0])
     copies = Copies.of(np.arange(EXPERTS), num_experts=EXPERTS, num_ranks=RANKS).to(DEVICE)
-    news_RN = torch.zeros(RANKS, NUM_FIELDS + 2 * EXPERTS + RANKS, dtype=torch.int64, device=DEVICE)
+    news_RN = torch.zeros(RANKS, len(fields(RankNews)) + 2 * EXPERTS + RANKS, dtype=torch.int64, device=DEVICE)
     parts = {
         "own_counts_us": lambda: torch.bincount(choice_TK.flatten(), minlength=EXPERTS + 1).cpu(),
         "news_to_host_us": lambda: news_RN.cpu(),
         "plan_us": lambda: planner.plan(0, counts_RE, 1e-3 * one_R, one_R, one_R),
-        "divide_us": lambda: planner.dispatch(0, counts_RE, plan.replica_N3, 0),
-        "routes_by_plan_us": lambda: route_by(choice_TK, dispatch, num_ranks=RANKS),
+        "divide_us": lambda: planner.dispatch(0, counts_RE, plan.replica_N3, one_R, one_R, rank=0),
+        "routes_by_plan_us": lambda: route_by(choice_TK, dispatch[0], num_ranks=RANKS),
         "routes_at_home_us": lambda: route(choice_TK, copies, source_rank=0),
     }
     yield from host_s(parts).items()

@@ -40,7 +40,12 @@ def running(commands: Sequence[Sequence[str]], directory: Path) -> Iterator[list
     """Commands with a session, and a file ``N.log`` for stderr, each; killed with all they started."""
     processes = []
     port = str(free_port())
-    common = {**os.environ, "WORLD_SIZE": str(len(commands)), "LOCAL_WORLD_SIZE": str(len(commands))}
+    common = {
+        **os.environ,
+        "PYTHONFAULTHANDLER": "1",
+        "WORLD_SIZE": str(len(commands)),
+        "LOCAL_WORLD_SIZE": str(len(commands)),
+    }
     for rank, command in enumerate(commands):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with (directory / f"{rank}.log").open("wb") as log:
@@ -101,7 +106,7 @@ def test_ctrl_c_says_what_is_kept_once_and_resume_ends_with_the_same_texts(
         assert process.wait(30) != 0
     kept = f"results are kept in {broken}.partial; to continue, give the same command with --resume"
     lines = said(tmp_path)
-    assert sum(kept in line for line in lines) == 1, lines
+    assert sum(kept in line for line in lines) == 1, (tmp_path / "0.log").read_text()
     assert sum("interrupted" in line for line in lines) == 1, lines
     subprocess.run([*launcher, *asked, "--output", str(broken), "--resume"], check=True, timeout=90)
     lines_asked = [json.loads(line) for line in prompt_file.read_text().splitlines()]
