@@ -174,7 +174,7 @@ class _Suite:
 
     def _decode_switch(self, case: Case) -> dict[str, Any]:
         """Code is generated, and EPLB has arranged experts for prose that was."""
-        eplb = {"eplb": {"balance": "eplb", "policy": {"interval": TWICE_AT}}}
+        eplb: Contenders = {"eplb": {"balance": "eplb", "policy": {"interval": TWICE_AT}}}
         return self._decode(case, ["prose", "code"], self._all(case, movers=eplb), SWITCHED, rows=FEW_ROWS)
 
     def _decode_switch_of_many(self, case: Case) -> dict[str, Any]:
