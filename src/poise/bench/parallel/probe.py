@@ -62,9 +62,9 @@ KNOWN = 6
 """Passes after which costs are known."""
 DECODE_ROWS, DECODE_PROMPT = 128, 8
 """Sequences of each rank, and tokens they begin with."""
-FEW_ROWS, TWICE_AT, SWITCHED = 64, 11, 26
-"""Sequences of each rank in decode behind a switch: EPLB arranges experts by the first eleven passes and, which holds in the
-measured ones, by the next, in which nothing but prose is generated. Settled, as many passes of prose."""
+SWITCHES = {64: (11, 26), 256: (12, 25)}
+"""Decode behind a switch, by sequences of each rank: EPLB arranges experts by the first so many passes and, which holds in the
+measured ones, by the next so many, in which nothing but prose is generated; and how many tokens each sequence gets."""
 MANY_ROWS, MANY_PROMPT, SHORT_ONCE_AT, SHORT_SETTLED = 512, 2, 7, 10
 """As many as in the paper; they begin with less, and EPLB has seven passes to learn from, so that a run ends in a minute."""
 EVEN = 0.01
@@ -107,7 +107,8 @@ class _Suite:
             "mixed": lambda: self._prefill(widened, eight_ranks(), _mixed(widened), self._all(widened)),
             "switch": lambda: self._switch(widened),
             "decode": lambda: self._decode(widened, ["code"], self._all(widened), WARM_UP),
-            "decode-switch": lambda: self._decode_switch(widened),
+            "decode-switch": lambda: self._decode_switch(widened, 64),
+            "decode-switch-256": lambda: self._decode_switch(widened, 256),
             "decode-switch-512": lambda: self._decode_switch_of_many(widened),
             "unequal": lambda: self._prefill(widened, unequal, _rows(widened, "code"), self._all(widened) | PROBE_VIBE),
             "ways": lambda: self._ways(widened),
@@ -172,10 +173,16 @@ class _Suite:
             facts = learning_through_a_switch(session, case, self._scratch, on_prose)
             return self._about(case, session, "prefill", case.rows["code"].shape[1]) | facts
 
-    def _decode_switch(self, case: Case) -> dict[str, Any]:
+    def _decode_switch(self, case: Case, rows: int) -> dict[str, Any]:
         """Code is generated, and EPLB has arranged experts for prose that was."""
-        eplb: Contenders = {"eplb": {"balance": "eplb", "policy": {"interval": TWICE_AT}}}
-        return self._decode(case, ["prose", "code"], self._all(case, movers=eplb), SWITCHED, rows=FEW_ROWS)
+        interval, new_tokens = SWITCHES[rows]
+        eplb: Contenders = {"eplb": {"balance": "eplb", "policy": {"interval": interval}}}
+        contenders = (
+            self._all(case, movers=eplb)
+            if rows < DECODE_ROWS
+            else STATIC | eplb | self._distilled(case, "probe, distilled")
+        )
+        return self._decode(case, ["prose", "code"], contenders, new_tokens, rows=rows)
 
     def _decode_switch_of_many(self, case: Case) -> dict[str, Any]:
         """As many sequences a rank as the paper's least, against EPLB that has arranged experts for prose."""
@@ -253,6 +260,7 @@ PARTS = (
     "switch",
     "decode",
     "decode-switch",
+    "decode-switch-256",
     "decode-switch-512",
     "unequal",
     "ways",
