@@ -114,7 +114,7 @@ def test_a_part_runs_as_a_command(tmp_path: Path) -> None:
 def test_an_oracle_knows_every_count_and_figures_say_what_balancing_did(tmp_path: Path) -> None:
     case = skewed_case(tmp_path / "skewed")
     prompts = write_rows(tmp_path / "prompts.json", case.rows["measured"])
-    job = prefill_job(case, prompts, rows_per_rank=32)
+    job = {**prefill_job(case, prompts, rows_per_rank=32), "copy_engines": True}  # else no copy of such experts pays
     awake: Contenders = {"probe": {**PROBE["probe"], "steps": {"rests": False}}}
     with Session(shared_ranks(2)) as session:
         placed = {**job, "placement": popular_first(session, job)}

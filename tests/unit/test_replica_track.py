@@ -113,6 +113,7 @@ def test_replicas_arrive_byte_for_byte_in_both_directions_at_once() -> None:
         assert fetched.busy_s > 0
         assert [bytes(each.run) for each in mine] == [content(1, 2, 3), content(1, 2, 5)]
         assert bytes(theirs[0].run) == content(0, 2, 7)
+        until(lambda: here.track.moved_bytes == there.track.moved_bytes == 3 * EXPERT_BYTES)
         assert here.track.cpu_s > 0
 
 

@@ -12,6 +12,7 @@ import torch
 from poise.engine.blueprint import Blueprint
 from poise.errors import UsageError
 from poise.model.lookahead import Lookahead
+from poise.parallel.copy_cost import CopyCost
 from poise.parallel.forecast import Ahead, Forecast, LastPass, Replayed
 from poise.parallel.group import RankGroup
 from poise.parallel.links import open_links
@@ -78,6 +79,7 @@ def stepwise(
         slots,
         StepCosts(group, curves),
         Windows(layers, links_R),
+        CopyCost(slots.slot_bytes, has_engine=options.copy_engines or group.device.type == "cuda"),
         forecast,
         num_layers=layers,
         num_experts=num_experts,

@@ -53,6 +53,9 @@ class ReplicaTrack:
         self._closing = False
         self.cpu_s = 0.0
         """Processor time that the thread has taken."""
+        self.moved_bytes = 0
+        """Of experts, in and out, in that time."""
+        self._moved_bytes = 0
         self.error: Exception | None = None
         self.lost: set[int] = set()
         """Ranks to which the link has ended."""
@@ -150,7 +153,7 @@ class ReplicaTrack:
                     self._handle(key.data, events)
                 self._answer()
                 self._go_on()
-                self.cpu_s = time.thread_time()
+                self.cpu_s, self.moved_bytes = time.thread_time(), self._moved_bytes
         except Exception as error:  # noqa: BLE001 - carried to the computing thread
             if not self._closing:
                 self.error = error
@@ -199,6 +202,7 @@ class ReplicaTrack:
         while self._questions and self._is_open and not any(link.is_full for link in self._links.values()):
             link, asked = self._questions.popleft()
             content = self._serve(asked, link.rank)
+            self._moved_bytes += 0 if content is None else len(content)
             self._send(link, replace(asked, kind=GONE if content is None else CHUNK), content)
 
     def _place(self, message: Message) -> memoryview:
@@ -212,6 +216,7 @@ class ReplicaTrack:
         assert self._asked is not None, "an answer that nobody asked for"
         fetch, asked, *_ = self._asked
         self._asked = None
+        self._moved_bytes += 0 if is_gone else asked.nbytes
         with self._lock:
             if is_gone:
                 fetch.skip()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from poise.model.layout import Weights
+from poise.parallel.copy_cost import CopyCost
 from poise.parallel.exchange import Coming
 from poise.parallel.forecast import Forecast
 from poise.parallel.group import RankGroup
@@ -53,6 +54,7 @@ class StepBalance:
         slots: ReplicaSlots,
         costs: StepCosts,
         windows: Windows,
+        copies: CopyCost,
         forecast: Forecast | None,
         *,
         num_layers: int,
@@ -66,7 +68,7 @@ class StepBalance:
         """In it so far."""
         self._group, self._rank = group, group.rank
         self._planner, self.track, self._slots = planner, track, slots
-        self._costs, self._windows, self._forecast = costs, windows, forecast
+        self._costs, self._windows, self._copies, self._forecast = costs, windows, copies, forecast
         self._num_layers, self._num_experts = num_layers, num_experts
         self._plan: StepPlan | None = None
         """Of the layer to come."""
@@ -214,7 +216,8 @@ class StepBalance:
         following = (layer + 1) % self._num_layers
         window_s_R = self._windows.window_s_R(news, layer)
         if self._forecast is not None:
-            plan = self._planner.plan(following, news.predicted_RE, window_s_R, *_fracs(news))
+            copy_s_R = news.of("copy_us") / 1e6
+            plan = self._planner.plan(following, news.predicted_RE, window_s_R, *_fracs(news), copy_s_R)
             self._plan = self._begin(plan, following)
         took_s = perf_counter() - began_s
         self.note.balance_s += took_s
@@ -243,6 +246,8 @@ class StepBalance:
         self.replicas = {}
         aux_s = self.track.cpu_s
         self.note.aux_s, self._aux_s = aux_s - self._aux_s, aux_s
+        taken_s = self._copies.saw(aux_s, self.track.moved_bytes)
+        self._spent_s += taken_s if self._forecast is not None else 0.0  # who waits for replicas has counted that
 
     def close(self) -> None:
         """Ends the track."""
@@ -306,6 +311,7 @@ class StepBalance:
             arrived=bits,
             window_us=self._windows.window_us((layer + 1) % self._num_layers),
             fetch_kb_s=self._windows.fetch_kb_s,
+            copy_us=self._copies.copy_us,
             in_permille=self._permille[0],
             out_permille=self._permille[1],
             pairs=pairs,

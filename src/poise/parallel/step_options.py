@@ -21,6 +21,7 @@ class StepOptions:
 
     ``replica_slots``: on each rank, twice. ``suspends``: no chunk is asked for while tokens travel. ``chunk_bytes``: of a
     replica at a time; None: what a link carries in ``engine.stepwise.CHUNK_S``. ``most_work``: as the planner has it.
+    ``copy_engines``: the threads that move replicas take no processor time from experts; on GPUs none do anyway.
     ``rests``: passes run as without balancing while that costs more than it brings (``plan.step_rest``).
     """
 
@@ -32,6 +33,7 @@ class StepOptions:
     suspends: bool = True
     chunk_bytes: int | None = None
     most_work: int = MOST_WORK
+    copy_engines: bool = False
     rests: bool = True
 
     def __post_init__(self) -> None:

@@ -76,13 +76,22 @@ class StepPlanner:
         return np.asarray(counts_RE.sum(axis=0) @ self._share_LER[layer])
 
     def plan(
-        self, layer: int, counts_RE: Ints, window_s_R: Floats, in_frac_R: Floats, out_frac_R: Floats
+        self,
+        layer: int,
+        counts_RE: Ints,
+        window_s_R: Floats,
+        in_frac_R: Floats,
+        out_frac_R: Floats,
+        copy_s_R: Floats | None = None,
     ) -> BalancePlan | None:
-        """Replicas for these counts, to come within these windows; None while costs are not known."""
+        """Replicas for these counts, to come within these windows, each of which takes ``copy_s_R`` of its two ranks'
+        processors (None: nothing); None while costs are not known."""
         balancer = self._balancer(layer, counts_RE)
         if balancer is None:
             return None
-        return balancer.choose_replicas(counts_RE, window_s_R, in_frac_R=in_frac_R, out_frac_R=out_frac_R)
+        return balancer.choose_replicas(
+            counts_RE, window_s_R, in_frac_R=in_frac_R, out_frac_R=out_frac_R, copy_s_R=copy_s_R
+        )
 
     def plan_exposed(
         self, layer: int, counts_RE: Ints, expert_s_R: Floats, in_frac_R: Floats, out_frac_R: Floats

@@ -110,7 +110,8 @@ class Session:
         """Runs a job (``worker``) on all ranks. ``on_wait`` is called again and again with the number of passes done and a
         function that changes a rank's share of the processor."""
         ranks = range(len(self.layout.ranks))
-        self._put("job", {"port": None if self.layout.link_bytes_per_s else self._cluster.free_port(), **job})
+        port = None if self.layout.link_bytes_per_s else self._cluster.free_port()
+        self._put("job", {"port": port, "copy_engines": self.layout.copy_engines, **job})
         loaded = [self._file(f"loaded-{rank}") for rank in ranks]
         self._await(loaded)
         self._limited()

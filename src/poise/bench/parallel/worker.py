@@ -95,7 +95,7 @@ class _Rank:
         if steps is not None:
             given: dict[str, Any] = job.get("steps", {})
             given = {name: Path(value) if name in PATHS else value for name, value in given.items()}
-            steps = replace(steps, **{"rests": False, **given})
+            steps = replace(steps, **{"rests": False, "copy_engines": job["copy_engines"], **given})
         placement, groups = job.get("placement"), job.get("groups")
         llm = ParallelLLM(
             job["model"],
