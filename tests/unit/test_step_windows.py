@@ -15,6 +15,7 @@ from tests.balance_cases import EXPERT_BYTES, LINK, TOKEN_BYTES, costs_of
 
 LAYERS, RANKS, EXPERTS = 3, 2, 8
 ONES_R = np.ones(RANKS)
+CHUNK_BYTES = round(EXPERT_BYTES) // 16
 NOTHING = Fetched(arrived=(), nbytes=0, busy_s=0.0)
 
 
@@ -28,7 +29,7 @@ class Clock:
 
 def windows(link: float = LINK) -> tuple[Windows, Clock]:
     clock = Clock()
-    return Windows(LAYERS, link * ONES_R, clock=clock), clock
+    return Windows(LAYERS, link * ONES_R, chunk_bytes=CHUNK_BYTES, clock=clock), clock
 
 
 def stay_open(made: Windows, clock: Clock, *parts_s: float, layer: int) -> None:
@@ -98,7 +99,7 @@ def test_the_planner_gets_a_window_in_seconds_of_its_own_rate() -> None:
 
 
 def test_a_rank_that_fetched_nothing_is_taken_to_be_like_the_others() -> None:
-    made = Windows(LAYERS, np.array([LINK, LINK, LINK, LINK / 10]))
+    made = Windows(LAYERS, np.array([LINK, LINK, LINK, LINK / 10]), chunk_bytes=CHUNK_BYTES)
     own_E = np.zeros(EXPERTS, dtype=np.int64)
     rates = [0, round(LINK / 2e3), round(LINK / 4e3), 0]
     rows = [told(RankNews(layer=0, fetch_kb_s=rate), own_E, own_E, [0] * 4) for rate in rates]
@@ -152,6 +153,13 @@ def test_after_a_slow_fetch_replicas_come_again(nbytes: float) -> None:
         layers += 1
         assert layers < 1000, "no replica ever comes again"
     assert layers > 10, "one slow fetch is forgotten at once"
+
+
+def test_a_window_in_which_no_chunk_came_whole_does_not_make_the_link_slow_for_hundreds_of_layers() -> None:
+    """The first fetch of a run often ends so: its window was too short."""
+    made, _ = windows()
+    made.fetched(fetched(0.0, 1e-3))
+    assert made.fetch_kb_s == round(CHUNK_BYTES / 2 / 1e-3 / 1e3)
 
 
 def test_doubt_ends_at_the_rate_of_the_link() -> None:

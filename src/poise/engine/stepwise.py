@@ -78,7 +78,7 @@ def stepwise(
         ),
         slots,
         StepCosts(group, curves),
-        Windows(layers, links_R),
+        Windows(layers, links_R, chunk_bytes=chunk_bytes),
         CopyCost(slots.slot_bytes, has_engine=options.copy_engines or group.device.type == "cuda"),
         forecast,
         num_layers=layers,

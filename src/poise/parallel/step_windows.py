@@ -23,16 +23,18 @@ LEAST_BYTES_PER_S = 1e3
 
 class Windows:
     """Of one rank; the times of all ranks come with ``StepNews``. ``link_bytes_per_s_R``: as tried out at the start.
-    ``clock``: seconds."""
+    ``chunk_bytes``: of a replica that come at a time. ``clock``: seconds."""
 
     def __init__(
         self,
         num_layers: int,
         link_bytes_per_s_R: npt.NDArray[np.float64],
         *,
+        chunk_bytes: int,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._link_R, self._clock = link_bytes_per_s_R, clock
+        self._chunk_bytes = chunk_bytes
         self._last_two_L = [[0.0, 0.0] for _ in range(num_layers)]
         self._pairs_L = [0] * num_layers
         self._opened_s: float | None = None
@@ -62,10 +64,12 @@ class Windows:
 
     def fetched(self, fetched: Fetched) -> None:
         """A fetch has ended. What is known of the rate is believed less where nothing was fetched: a rate that was once too low
-        for any replica would else never be seen to have risen. No link is faster than the fastest."""
+        for any replica would else never be seen to have risen. No link is faster than the fastest. Where not one chunk came
+        whole, half of one is taken to have been on its way: that a window was too short does not make a link slow."""
         if fetched.busy_s > 0:
+            nbytes = fetched.nbytes or self._chunk_bytes / 2
             self._busy_s = KEEP * self._busy_s + fetched.busy_s
-            self._bytes = max(KEEP * self._bytes + fetched.nbytes, LEAST_BYTES_PER_S * self._busy_s)
+            self._bytes = max(KEEP * self._bytes + nbytes, LEAST_BYTES_PER_S * self._busy_s)
         else:
             self._busy_s = max(DOUBT * self._busy_s, self._bytes / float(self._link_R.max()))
 
