@@ -22,6 +22,7 @@ from poise.parallel.copy_cost import CopyCost
 from poise.parallel.exchange import Coming
 from poise.parallel.forecast import Forecast
 from poise.parallel.group import RankGroup
+from poise.parallel.plan_trust import PlanTrust, promised_s
 from poise.parallel.replica_slots import ReplicaSlots
 from poise.parallel.replica_track import ReplicaTrack
 from poise.parallel.routes import Copies, Routes, route, route_by
@@ -72,6 +73,9 @@ class StepBalance:
         self._num_layers, self._num_experts = num_layers, num_experts
         self._plan: StepPlan | None = None
         """Of the layer to come."""
+        self._trust = PlanTrust()
+        self._promised_s = 0.0
+        """By that plan."""
         self._heard: tuple[int, StepNews] | None = None
         self._half = 0
         self._guess_E: Ints | None = None
@@ -177,7 +181,9 @@ class StepBalance:
         self.replicas = {} if plan is None else self._admitted(plan, came_N3)
         note.home_pairs = float(self._planner.home_pairs_R(layer, news.counts_RE)[self._rank])
         note.replicas_used = len(self.replicas)
+        promised, self._promised_s = self._promised_s if plan is not None else 0.0, 0.0
         divided = self._planner.dispatch(layer, news.counts_RE, came_N3, *_fracs(news), rank=self._rank)
+        self._trust.saw(promised, 0.0 if divided is None else divided[2])
         coming = None
         if divided is None:
             routes = home or route(choice_TK, copies, source_rank=self._rank)
@@ -216,9 +222,9 @@ class StepBalance:
         following = (layer + 1) % self._num_layers
         window_s_R = self._windows.window_s_R(news, layer)
         if self._forecast is not None:
-            copy_s_R = news.of("copy_us") / 1e6
+            copy_s_R = news.of("copy_us") / 1e6 / self._trust.share
             plan = self._planner.plan(following, news.predicted_RE, window_s_R, *_fracs(news), copy_s_R)
-            self._plan = self._begin(plan, following)
+            self._plan, self._promised_s = self._begin(plan, following), promised_s(plan, copy_s_R)
         took_s = perf_counter() - began_s
         self.note.balance_s += took_s
         self._spent_s += took_s

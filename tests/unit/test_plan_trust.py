@@ -1,0 +1,61 @@
+"""What plans have promised and true tokens have brought, as a share that falls and comes back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from poise.parallel.plan_trust import LEAST, PlanTrust, promised_s
+from poise.plan.balance import BalancePlan
+from poise.plan.balance_assignment import Assignment
+
+NOTHING = Assignment(begin_E1=np.zeros(1, int), rank_N=np.zeros(0, int), tokens_N=np.zeros(0, int))
+
+
+def plan_of(predicted_s_R: list[float], *, pays: bool = True) -> BalancePlan:
+    """Rank 0 gives two replicas, to ranks 1 and 2."""
+    replicas = np.array([[5, 0, 1], [6, 0, 2]])
+    return BalancePlan(
+        replica_N3=replicas,
+        assignment=NOTHING,
+        predicted_s_R=np.array(predicted_s_R),
+        unbalanced_s=10.0,
+        pays=pays,
+    )
+
+
+def test_before_anything_was_promised_plans_are_believed() -> None:
+    assert PlanTrust().share == 1.0
+
+
+def test_the_share_is_what_came_true_and_never_above_one_or_below_the_least() -> None:
+    trust = PlanTrust()
+    trust.saw(4.0, 1.0)
+    assert trust.share == pytest.approx(0.25)
+    trust.saw(4.0, 4.0)
+    assert trust.share == pytest.approx((0.9 * 1.0 + 4.0) / (0.9 * 4.0 + 4.0))
+    for _ in range(100):
+        trust.saw(4.0, -3.0)
+    assert trust.share == LEAST
+    for _ in range(100):
+        trust.saw(1.0, 2.0)
+    assert trust.share == 1.0
+
+
+def test_who_is_mistrusted_is_tried_again_some_time() -> None:
+    trust = PlanTrust()
+    trust.saw(4.0, 1.0)
+    layers = 0
+    while trust.share < 1.0:
+        trust.saw(0.0, 0.0)
+        layers += 1
+        assert layers < 5000
+    assert layers > 100, "a quiet minute makes nobody honest"
+
+
+def test_a_promise_is_the_gain_without_what_copies_take() -> None:
+    copy_s_R = np.array([1.0, 0.5, 0.25])
+    assert promised_s(plan_of([7.0, 6.0, 5.0]), copy_s_R) == pytest.approx(10.0 - 5.5)
+    assert promised_s(plan_of([7.0, 6.0, 5.0]), np.zeros(3)) == pytest.approx(3.0)
+    assert promised_s(plan_of([7.0, 6.0, 5.0], pays=False), copy_s_R) == 0.0
+    assert promised_s(None, copy_s_R) == 0.0
