@@ -139,7 +139,7 @@ def test_the_command_line_starts_without_torch() -> None:
         ),
         (
             ["generate", "m", "x", "--online"],
-            "--online has a lookahead predictor go on learning; give the predictor with",
+            "--online has a lookahead predictor go on learning; give one with",
         ),
         (
             ["generate", "m", "x", "--expert-parallel", "--balance", "eplb", "--online"],

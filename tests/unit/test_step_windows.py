@@ -158,8 +158,13 @@ def test_after_a_slow_fetch_replicas_come_again(nbytes: float) -> None:
 def test_a_window_in_which_no_chunk_came_whole_does_not_make_the_link_slow_for_hundreds_of_layers() -> None:
     """The first fetch of a run often ends so: its window was too short."""
     made, _ = windows()
-    made.fetched(fetched(0.0, 1e-3))
-    assert made.fetch_kb_s == round(CHUNK_BYTES / 2 / 1e-3 / 1e3)
+    made.fetched(fetched(0.0, 1.0))
+    assert made.fetch_kb_s == round(CHUNK_BYTES / 2 / 1e3)
+    made.fetched(fetched(0.0, 1e-6))
+    assert made.fetch_kb_s == round(CHUNK_BYTES / 2 / 1e3), "a window of a microsecond says nothing"
+    shut, _ = windows()
+    shut.fetched(fetched(0.0, 1e-6))
+    assert shut.fetch_kb_s == round(LINK / 1e3), "no faster than the link"
 
 
 def test_doubt_ends_at_the_rate_of_the_link() -> None:

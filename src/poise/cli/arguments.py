@@ -131,7 +131,8 @@ Online = Annotated[
     bool,
     typer.Option(
         "--online",
-        help="Have the lookahead of --lookahead go on learning from what is generated, in idle time; ranks may begin without.",
+        help="Have the lookahead of --lookahead go on learning from what is generated, for 2 to 5 % of the time and for this "
+        "run only; ranks may begin without a file.",
     ),
 ]
 ReplicaSlots = Annotated[

@@ -83,7 +83,7 @@ class GenerateOptions:
             raise UsageError(f"--replica-slots is {self.replica_slots}; it must be from 1 to {MOST_REPLICA_SLOTS}")
         if self.online and self.lookahead is None and not self.expert_parallel:
             raise UsageError(
-                "--online has a lookahead predictor go on learning; give the predictor with --lookahead FILE"
+                "--online has a lookahead predictor go on learning; give one with --lookahead FILE, or --expert-parallel"
             )
         of_steps = {
             "--lookahead": self.lookahead is not None,

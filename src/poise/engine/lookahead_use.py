@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.engine.online_lookahead import BUFFER_BYTES
+from poise.engine.online_lookahead import RANK_RULE, OnlineRule
 from poise.errors import UsageError
 from poise.model.checkpoint import Checkpoint
 from poise.model.fingerprint import model_fingerprint
@@ -77,7 +77,8 @@ def lookahead_bytes(
     sizes = [site.hidden_size * site.dtype.itemsize for site in sites if site is not None]
     kept = 2 * KEPT_TOKENS * max(sizes, default=0) if use.learns else 0
     copies = COPIES_TO_LEARN if use.learns or use.online else 1
-    return numbers * FP32_BYTES * copies + kept + (BUFFER_BYTES if use.online else 0)
+    learnt_from = max(rule.most_bytes(sum(sizes)) for rule in (OnlineRule(), RANK_RULE)) if use.online and sizes else 0
+    return numbers * FP32_BYTES * copies + kept + learnt_from
 
 
 def make_lookahead(

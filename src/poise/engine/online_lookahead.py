@@ -36,9 +36,25 @@ class OnlineRule:
     buffer_bytes: int = BUFFER_BYTES
     training: Training = Training(learning_rate=1e-3)  # noqa: RUF009  # frozen
 
+    def capacity(self, row_bytes: int) -> int:
+        """Tokens that are kept, of so many bytes at all layers: at least those of a step, and of a pass."""
+        return max(self.training.batch_tokens, self.pass_tokens, self.buffer_bytes // row_bytes)
+
+    def most_bytes(self, row_bytes: int) -> int:
+        """Of the tokens that are kept and those of the pass at hand."""
+        return (self.capacity(row_bytes) + self.pass_tokens) * row_bytes
+
     def __post_init__(self) -> None:
         assert 0 < self.time_frac <= 1, "a share of the time"
         assert self.pass_tokens >= 1, "a token of each pass"
+
+
+RANK_RULE = OnlineRule(
+    pass_tokens=256,
+    buffer_bytes=16 * MIB,
+    training=Training(learning_rate=3e-3, batch_tokens=128, warm_up_steps=10),
+)
+"""Of ranks: small steps and a high rate, as there is little time, and many tokens of a pass, as a rank sees few."""
 
 
 class OnlineLearner:
@@ -112,7 +128,7 @@ class OnlineLearner:
         """Puts the pass's tokens where the oldest were; a token has the same place at every layer."""
         if not self._kept_L:
             row_bytes = sum(states_TH[0].nbytes for states_TH in self._pass)
-            capacity = max(self._rule.training.batch_tokens, self._rule.buffer_bytes // row_bytes)
+            capacity = self._rule.capacity(row_bytes)
             with torch.inference_mode(False):
                 self._kept_L = [states_TH.new_empty(capacity, states_TH.shape[1]) for states_TH in self._pass]
         capacity, count = len(self._kept_L[0]), len(self._pass[0])

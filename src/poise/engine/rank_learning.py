@@ -15,24 +15,18 @@ from time import perf_counter
 
 import torch
 
-from poise.engine.online_lookahead import OnlineLearner, OnlineRule
+from poise.engine.online_lookahead import RANK_RULE, OnlineLearner, OnlineRule
 from poise.engine.routing import hidden_TH
 from poise.model.lookahead import Lookahead
-from poise.model.lookahead_training import Training
 from poise.model.seam import Parked
 from poise.parallel.learning import Learnt
-from poise.units import MIB
 
-RANK_RULE = OnlineRule(
-    pass_tokens=256,
-    buffer_bytes=16 * MIB,
-    training=Training(learning_rate=3e-3, batch_tokens=128, warm_up_steps=10),
-)
-"""Small steps and a high rate, as there is little time, and many tokens of a pass, as a rank sees few."""
 BETWEEN_FRAC = 0.02
 """Of the time, for steps that nobody's wait hides."""
 BETWEEN_PASSES = 8
 """They are made behind each so many passes."""
+MOST_PASS_S = 2.0
+"""Longer between two passes that are balanced is a rest, or time in which nobody asked for anything, and is not made up for."""
 MARGIN = 2.0
 """A wait is worth a step of which it lasts so many times as long."""
 WAITS = 4
@@ -80,9 +74,10 @@ class RankLearning:
 
     def between_passes(self, passes: int) -> None:
         now_s = self._clock()
-        self._between_s = min(self._between_s + BETWEEN_FRAC * (now_s - self._seen_s), self._rule.saved_s)
+        since_s = min(now_s - self._seen_s, MOST_PASS_S)
+        self._between_s = min(self._between_s + BETWEEN_FRAC * since_s, self._rule.saved_s)
         self._seen_s = now_s
-        if passes % BETWEEN_PASSES and self._step_s is not None:
+        if passes % BETWEEN_PASSES:
             return
         while self._between_s > 0:
             spent_s = self._learner.spent_s
@@ -96,8 +91,6 @@ class RankLearning:
         return Learnt(steps=now.steps - before.steps, seconds=now.seconds - before.seconds, late=now.late - before.late)
 
     def _step(self) -> bool:
-        """Predictions may be made on another thread meanwhile. They see some weights from before the step and some from behind
-        it, each of them a number that was or is in use: a guess a little worse, as bad guesses are, and never an output."""
         spent_s = self._learner.spent_s
         if not self._learner.idle():
             return False

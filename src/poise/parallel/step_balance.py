@@ -74,8 +74,8 @@ class StepBalance:
         self._plan: StepPlan | None = None
         """Of the layer to come."""
         self._trust = PlanTrust()
-        self._promised_s = 0.0
-        """By that plan."""
+        self._promised_s, self._planned_pairs = 0.0, 0
+        """By that plan, for so many (token, expert) pairs."""
         self._heard: tuple[int, StepNews] | None = None
         self._half = 0
         self._guess_E: Ints | None = None
@@ -138,6 +138,8 @@ class StepBalance:
             saved_us, spent_us = np.mean(told_R, axis=0)
             self._rest.saw(None if saved_us < 0 else saved_us / 1e6, spent_us / 1e6)
             rested, self.rests = self.rests, not self._rest.begin(tokens)
+            if rested and not self.rests:
+                self._trust = PlanTrust()  # on trial
             if self.rests and not rested:
                 self._windows.close()
                 self._guess_E, self._plan = None, None
@@ -181,7 +183,8 @@ class StepBalance:
         self.replicas = {} if plan is None else self._admitted(plan, came_N3)
         note.home_pairs = float(self._planner.home_pairs_R(layer, news.counts_RE)[self._rank])
         note.replicas_used = len(self.replicas)
-        promised, self._promised_s = self._promised_s if plan is not None else 0.0, 0.0
+        is_alike = plan is not None and 2 * abs(self._planned_pairs - int(news.counts_RE.sum())) <= self._planned_pairs
+        promised, self._promised_s = self._promised_s if is_alike else 0.0, 0.0
         divided = self._planner.dispatch(layer, news.counts_RE, came_N3, *_fracs(news), rank=self._rank)
         self._trust.saw(promised, 0.0 if divided is None else divided[2])
         coming = None
@@ -222,9 +225,10 @@ class StepBalance:
         following = (layer + 1) % self._num_layers
         window_s_R = self._windows.window_s_R(news, layer)
         if self._forecast is not None:
-            copy_s_R = news.of("copy_us") / 1e6 / self._trust.share
+            copy_s_R = news.of("copy_us") / 1e3 / float(news.of("trust_permille")[0])
             plan = self._planner.plan(following, news.predicted_RE, window_s_R, *_fracs(news), copy_s_R)
             self._plan, self._promised_s = self._begin(plan, following), promised_s(plan, copy_s_R)
+            self._planned_pairs = int(news.predicted_RE.sum())
         took_s = perf_counter() - began_s
         self.note.balance_s += took_s
         self._spent_s += took_s
@@ -318,6 +322,7 @@ class StepBalance:
             window_us=self._windows.window_us((layer + 1) % self._num_layers),
             fetch_kb_s=self._windows.fetch_kb_s,
             copy_us=self._copies.copy_us,
+            trust_permille=self._trust.permille,
             in_permille=self._permille[0],
             out_permille=self._permille[1],
             pairs=pairs,

@@ -65,9 +65,10 @@ class Windows:
     def fetched(self, fetched: Fetched) -> None:
         """A fetch has ended. What is known of the rate is believed less where nothing was fetched: a rate that was once too low
         for any replica would else never be seen to have risen. No link is faster than the fastest. Where not one chunk came
-        whole, half of one is taken to have been on its way: that a window was too short does not make a link slow."""
+        whole, half of one is taken to have been on its way, or less, by the known rate: a short window makes no link slow."""
         if fetched.busy_s > 0:
-            nbytes = fetched.nbytes or self._chunk_bytes / 2
+            rate = self._bytes / self._busy_s if self._busy_s > 0 else float(self._link_R.max())
+            nbytes = fetched.nbytes or min(self._chunk_bytes / 2, rate * fetched.busy_s)
             self._busy_s = KEEP * self._busy_s + fetched.busy_s
             self._bytes = max(KEEP * self._bytes + nbytes, LEAST_BYTES_PER_S * self._busy_s)
         else:
