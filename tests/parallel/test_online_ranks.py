@@ -11,11 +11,10 @@ import numpy as np
 from poise.engine.parallel_llm import ParallelLLM
 from poise.engine.sampling import SamplingParams
 from poise.parallel.launch import Launch
-from poise.parallel.moe_layer import LayerRecord
 from poise.parallel.step_options import StepOptions
 from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
 from tests.parallel.test_parallel_llm import PATIENT, expected
-from tests.parallel.test_probe import dawdle_in
+from tests.parallel.test_probe import dawdle_in, records_of
 from tests.ranks import start_ranks
 
 TOKENS, CALLS = 3, 20
@@ -23,21 +22,12 @@ TOKENS, CALLS = 3, 20
 
 def generate_again_and_again(launch: Launch, path: Path, prompts: list[list[int]]) -> dict[str, Any]:
     """The same traffic in each call; tokens of each on rank 0, and what every rank took down of the predicted layer."""
-    records: list[LayerRecord] = []
     steps = StepOptions(online=True, rests=False)
     with ParallelLLM(
         path, launch, memory="2GiB", patience=PATIENT, balance="probe", steps=steps, groups=[(4, 2)]
     ) as llm:
-        layers = llm.runner.layers
+        records = records_of(llm.runner.layers)
         dawdle_in(llm.runner.model, 2e-4)
-        take = layers.on_record
-
-        def keep(record: LayerRecord) -> None:
-            if take is not None:
-                take(record)
-            records.append(record)
-
-        layers.on_record = keep
         tokens, lines, began_s = [], [], perf_counter()
         if launch.rank > 0:
             llm.follow()

@@ -15,7 +15,7 @@ from poise.engine.sampling import SamplingParams
 from poise.engine.vibe import Vibe
 from poise.model.inspect import find_experts
 from poise.parallel.launch import Launch
-from poise.parallel.moe_layer import LayerRecord
+from poise.parallel.moe_layer import ExpertParallelLayers, LayerRecord
 from poise.parallel.step_options import StepOptions
 from poise.plan.rebalance import Rebalance
 from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
@@ -35,6 +35,20 @@ def dawdle_in(model: Any, token_s: float = 3e-3) -> None:
         model.get_submodule(module.name).act_fn.register_forward_pre_hook(dawdle)
 
 
+def records_of(layers: ExpertParallelLayers) -> list[LayerRecord]:
+    """What the rank takes down of each layer from now on, beside whoever is told already."""
+    records: list[LayerRecord] = []
+    take = layers.on_record
+
+    def keep(record: LayerRecord) -> None:
+        if take is not None:
+            take(record)
+        records.append(record)
+
+    layers.on_record = keep
+    return records
+
+
 def generate(
     launch: Launch,
     path: Path,
@@ -45,20 +59,11 @@ def generate(
     tokens: int = TOKENS,
 ) -> dict[str, Any]:
     """Tokens on rank 0, and what every rank took down of each layer. ``token_s``: of each rank in turn."""
-    records: list[LayerRecord] = []
     with ParallelLLM(
         path, launch, memory="2GiB", patience=PATIENT, balance="probe", steps=steps, policy=policy, groups=[(4, 2)]
     ) as llm:
-        layers, model = llm.runner.layers, llm.runner.model
-        dawdle_in(model, token_s[launch.rank % len(token_s)])
-        take = layers.on_record
-
-        def keep(record: LayerRecord) -> None:
-            if take is not None:
-                take(record)
-            records.append(record)
-
-        layers.on_record = keep
+        records = records_of(llm.runner.layers)
+        dawdle_in(llm.runner.model, token_s[launch.rank % len(token_s)])
         made = []
         if launch.rank > 0:
             llm.follow()

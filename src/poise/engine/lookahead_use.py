@@ -26,7 +26,7 @@ COPIES_TO_LEARN = 4
 class LookaheadUse:
     """``width``: of residuals that are yet to learn; None: frozen routers only. ``file``: what `poise distill` wrote instead.
 
-    ``learns``: room is kept for a teacher. ``online``: it goes on learning from what is generated, in idle time.
+    ``learns``: room is kept for a teacher. ``online``: it goes on learning from what is generated.
     ``prefetches``: experts are read ahead by it, mixed with the correlation table. Raises UsageError for values that cannot be.
     """
 

@@ -1,4 +1,4 @@
-"""When a rank's lookahead learns from live traffic: while the rank waits for others, so that nobody waits for it.
+"""When a rank's lookahead learns from live traffic: in waits that last, else between passes, as ranks seldom have any.
 
 Each rank predicts the counts of its own tokens, and ranks tell each other counts; so each has a predictor of its own, which
 learns from its own tokens, and nothing is agreed or sent. A step is made while outputs are on their way, where that wait has

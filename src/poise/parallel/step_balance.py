@@ -227,7 +227,10 @@ class StepBalance:
         if self._forecast is not None:
             copy_s_R = news.of("copy_us") / 1e3 / float(news.of("trust_permille")[0])
             plan = self._planner.plan(following, news.predicted_RE, window_s_R, *_fracs(news), copy_s_R)
-            self._plan, self._promised_s = self._begin(plan, following), promised_s(plan, copy_s_R)
+            self._plan, self._promised_s = (
+                self._begin(plan, following),
+                promised_s(plan, copy_s_R) if copy_s_R.any() else 0.0,
+            )
             self._planned_pairs = int(news.predicted_RE.sum())
         took_s = perf_counter() - began_s
         self.note.balance_s += took_s

@@ -16,7 +16,7 @@ class StepOptions:
     """``predictor``: of the counts of the layer to come: its router asked a layer early ("gate"; with ``lookahead``, a file of
     `poise distill`, as it was trained); as in the last pass ("last"); not at all: replicas are fetched behind the router, and
     waited for ("none"); from ``replay``, a file of counts for each rank that an earlier run kept ("replayed", for
-    measurements). ``online``: the first kind goes on learning from each rank's own tokens while the rank waits for others;
+    measurements). ``online``: the first kind goes on learning from each rank's own tokens, mostly between passes;
     without a file it begins with nothing but the routers.
 
     ``replica_slots``: on each rank, twice. ``suspends``: no chunk is asked for while tokens travel. ``chunk_bytes``: of a
