@@ -67,6 +67,7 @@ SWITCHES = {64: (11, 26), 256: (12, 25)}
 measured ones, by the next so many, in which nothing but prose is generated; and how many tokens each sequence gets."""
 MANY_ROWS, MANY_PROMPT, SHORT_ONCE_AT, SHORT_SETTLED = 512, 2, 7, 10
 """As many as in the paper; they begin with less, and EPLB has seven passes to learn from, so that a run ends in a minute."""
+MIXED = "code and prose"
 EVEN = 0.01
 """An exponent at which all experts are about as popular."""
 SKEWS = (EVEN, 0.35, 0.7)
@@ -107,6 +108,7 @@ class _Suite:
             "mixed": lambda: self._prefill(widened, eight_ranks(), _mixed(widened), self._all(widened)),
             "switch": lambda: self._switch(widened),
             "decode": lambda: self._decode(widened, ["code"], self._all(widened), WARM_UP),
+            "decode-mixed": lambda: self._decode(widened, [MIXED], self._all(widened), WARM_UP),
             "decode-switch": lambda: self._decode_switch(widened, 64),
             "decode-switch-256": lambda: self._decode_switch(widened, 256),
             "decode-switch-512": lambda: self._decode_switch_of_many(widened),
@@ -176,13 +178,8 @@ class _Suite:
     def _decode_switch(self, case: Case, rows: int) -> dict[str, Any]:
         """Code is generated, and EPLB has arranged experts for prose that was."""
         interval, new_tokens = SWITCHES[rows]
-        eplb: Contenders = {"eplb": {"balance": "eplb", "policy": {"interval": interval}}}
-        contenders = (
-            self._all(case, movers=eplb)
-            if rows < DECODE_ROWS
-            else STATIC | eplb | self._distilled(case, "probe, distilled")
-        )
-        return self._decode(case, ["prose", "code"], contenders, new_tokens, rows=rows)
+        eplb = {"eplb": {"balance": "eplb", "policy": {"interval": interval}}}
+        return self._decode(case, ["prose", "code"], self._all(case, movers=MOVERS | eplb), new_tokens, rows=rows)
 
     def _decode_switch_of_many(self, case: Case) -> dict[str, Any]:
         """As many sequences a rank as the paper's least, against EPLB that has arranged experts for prose."""
@@ -200,14 +197,16 @@ class _Suite:
         rows: int = DECODE_ROWS,
         prompt: int = DECODE_PROMPT,
     ) -> dict[str, Any]:
-        """Sequences of one kind, then of the next, ``passes`` of each; those of the last kind count, without prefill."""
+        """Sequences of one kind, ``passes`` of them, then of the next; those of the last kind count, without prefill, or, if
+        there is no other, behind as many passes."""
         layout = eight_ranks()
         per_kind = rows * len(layout.ranks)
-        rows_WT = np.concatenate([_beginnings(case.rows[kind], per_kind, prompt) for kind in kinds])
+        rows_WT = np.concatenate([_beginnings(case, kind, per_kind, prompt) for kind in kinds])
         prompts = write_rows(self._scratch / "decode.json", rows_WT)
         prefills = -(-rows * prompt // PASS_TOKENS)
         before = (len(kinds) - 1) * (passes + prefills - 1) + prefills if len(kinds) > 1 else passes
-        new_tokens = passes if len(kinds) > 1 else passes + self._steps
+        last = 1 + self._steps if len(kinds) > 1 else passes + self._steps
+        new_tokens = [passes] * per_kind * (len(kinds) - 1) + [last] * per_kind
         job = {**prefill_job(case, prompts, rows_per_rank=rows), "new_tokens": new_tokens}
         with Session(layout) as session:
             facts = contest(session, job, contenders, self._scratch, warm_up=before, steps=self._steps)
@@ -259,6 +258,7 @@ PARTS = (
     "mixed",
     "switch",
     "decode",
+    "decode-mixed",
     "decode-switch",
     "decode-switch-256",
     "decode-switch-512",
@@ -296,8 +296,11 @@ def _rows(case: Case, kind: str) -> Any:
     return case.rows[kind]
 
 
-def _beginnings(rows_WT: Any, count: int, tokens: int) -> Any:
-    """``count`` stretches of so many tokens, from all over the rows."""
+def _beginnings(case: Case, kind: str, count: int, tokens: int) -> Any:
+    """``count`` stretches of so many tokens, from all over the rows; ``MIXED``: half of them code, half prose, on each rank."""
+    if kind == MIXED:
+        return np.concatenate([_beginnings(case, each, count // 2, tokens) for each in ("code", "prose")])
+    rows_WT = case.rows[kind]
     whole = rows_WT[:, : rows_WT.shape[1] // tokens * tokens].reshape(-1, tokens)
     return whole[np.linspace(0, len(whole) - 1, count).astype(int)]
 

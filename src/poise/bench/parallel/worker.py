@@ -1,10 +1,10 @@
 """One rank of a benchmark session: takes jobs from a directory, one after another, until one says ``end``.
 
 A job: ``model``, ``memory``, ``dtype``, ``balance`` (or ``reference``: one process, no ranks), ``groups`` ([[batch size,
-batches]]), ``prompts`` (JSON file of token ids, in the order of passes), ``new_tokens``; optional ``policy`` (fields other than
-as they are), ``placement`` (as its file has it), ``redundant_slots``, ``keeps_records`` (every layer of every pass, into a
-file), ``steps`` (as ``policy``, where each step is balanced: every one, unless it ``rests``), ``tells_passes`` (how many are
-done, in a file), ``has_figures`` (False: no layer is taken down).
+batches]]), ``prompts`` (JSON file of token ids, in the order of passes), ``new_tokens`` (of each prompt: a number, or a list);
+optional ``policy`` (fields other than as they are), ``placement`` (as its file has it), ``redundant_slots``,
+``keeps_records`` (every layer of every pass, into a file), ``steps`` (as ``policy``, where each step is balanced: every one,
+unless it ``rests``), ``tells_passes`` (how many are done, in a file), ``has_figures`` (False: no layer is taken down).
 """
 
 from __future__ import annotations
@@ -142,12 +142,14 @@ class _Rank:
         write_whole(self._directory / f"loaded-{self._launch.rank}-{self._number}.json", told)
         _await(self._directory / f"go-{self._number}.json")
 
-    def _asked(self) -> tuple[list[Prompt], SamplingParams]:
+    def _asked(self) -> tuple[list[Prompt], list[SamplingParams]]:
         """Prompts, those of the first pass last: queues are taken from the end."""
         prompts: list[Prompt] = [
             {"prompt_token_ids": ids} for ids in json.loads(Path(self._job["prompts"]).read_text())
         ]
-        return prompts[::-1], SamplingParams(max_tokens=self._job["new_tokens"], ignore_eos=True)
+        given = self._job["new_tokens"]
+        tokens = given if isinstance(given, list) else [given] * len(prompts)
+        return prompts[::-1], [SamplingParams(max_tokens=count, ignore_eos=True) for count in tokens[::-1]]
 
     def _stamp(self) -> None:
         self._stamps_ns.append(perf_counter_ns())
