@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from poise.parallel.routes import Routes, route_by
 from poise.parallel.step_planner import Links, StepPlanner
 from tests.balance_cases import EXPERT_BYTES, LINK, TOKEN_BYTES, costs_of
+from tests.route_cases import assert_alike
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,6 +101,7 @@ def test_divided_tokens_reach_copies_and_no_more_rows_than_expected_come(step: S
     for choice_TK, made in zip(step.choices, divided, strict=True):
         assert made is not None
         routes.append(route_by(choice_TK, made[0], num_ranks=ranks))
+        assert_alike(routes[-1], route_by(choice_TK, made[0], num_ranks=ranks, on_host=False))
         most_RR.append(made[1])
     for source, (choice_TK, own) in enumerate(zip(step.choices, routes, strict=True)):
         computed = []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.parallel.changes import changes_between, ranks_of
 from poise.parallel.routes import Copies, route
 from poise.spec.placement import Placement
+from tests.route_cases import assert_alike
 
 
 @st.composite
@@ -29,6 +30,7 @@ def placements(draw: st.DrawFn, count: int = 1) -> tuple[Placement, ...]:
     return tuple(made)
 
 
+@settings(deadline=None)  # loops are compiled once
 @given(placements(), st.integers(0, 20), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_every_choice_is_computed_once_by_a_rank_that_has_the_expert(
     placed: tuple[Placement], tokens: int, top_k: int, seed: int
@@ -45,6 +47,7 @@ def test_every_choice_is_computed_once_by_a_rank_that_has_the_expert(
     row_S = placement.slot_to_expert_LS[0]
     copies = Copies.of(row_S, num_experts=num_experts, num_ranks=ranks)
     routes = route(choice_TK, copies, source_rank=seed % ranks)
+    assert_alike(routes, route(choice_TK, copies, source_rank=seed % ranks, on_host=False))
     held = ranks_of(row_S, ranks)
     computed: list[tuple[int, int]] = []
     loads = np.zeros((num_experts, ranks), dtype=int)

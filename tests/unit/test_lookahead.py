@@ -93,6 +93,18 @@ def test_what_is_added_lies_on_the_logits_that_the_router_chooses_by(opened: Cal
     assert not logits_TE.requires_grad
 
 
+@pytest.mark.parametrize(("architecture", "is_plain"), [("mixtral", True), ("qwen3_moe", True), ("deepseek_v3", False)])
+def test_only_a_router_that_goes_by_its_logits_alone_is_asked_for_no_more(
+    architecture: str, is_plain: bool, opened: Callable[..., Model]
+) -> None:
+    model, modules = opened(architecture)
+    router = Lookahead.of_model(model, modules).router(1)
+    assert router.goes_by_logits == is_plain
+    hidden_TH, _ = parks(model)[0]
+    greatest_TK = router.logits_TE(hidden_TH).topk(2).indices
+    assert torch.equal(router.choices_TK(hidden_TH), greatest_TK) == is_plain
+
+
 def test_weights_are_shared_and_frozen(opened: Callable[..., Model]) -> None:
     model, modules = opened("qwen3_moe")
     lookahead = Lookahead.of_model(model, modules, width=4)

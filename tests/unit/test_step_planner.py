@@ -43,6 +43,10 @@ def load_R(planned: StepPlanner, came_N3: np.ndarray, counts_RE: np.ndarray = HO
     return sent_R
 
 
+def home_pairs_R(planned: StepPlanner, *, layer: int = 0) -> np.ndarray:
+    return np.array([planned.home_pairs(layer, HOT_RE, rank) for rank in range(RANKS)])
+
+
 def sources(planned: BalancePlan) -> list[tuple[int, int]]:
     """Experts of which replicas come, and from where."""
     return [(replica.expert, replica.source) for replica in planned.replicas]
@@ -53,7 +57,7 @@ def test_replicas_of_the_hot_experts_even_the_ranks() -> None:
     planned = plan(made)
     assert planned.pays
     assert set(sources(planned)) >= {(0, 0), (1, 0)}
-    home_R = made.home_pairs_R(0, HOT_RE)
+    home_R = home_pairs_R(made)
     after_R = load_R(made, planned.replica_N3)
     assert after_R.sum() == home_R.sum() == HOT_RE.sum()
     assert home_R.max() > 3.0 * home_R.mean()
@@ -91,8 +95,8 @@ def test_new_homes_take_effect_in_their_layer_only() -> None:
     plan(made, layer=0)
     plan(made, layer=1)
     made.set_homes(1, np.array([0, 2, 1, 3, 4, 5, 6, 7]))
-    assert made.home_pairs_R(0, HOT_RE).tolist() == [2800, 160, 160, 160]
-    assert made.home_pairs_R(1, HOT_RE).tolist() == [1680, 1280, 160, 160]
+    assert home_pairs_R(made).tolist() == [2800, 160, 160, 160]
+    assert home_pairs_R(made, layer=1).tolist() == [1680, 1280, 160, 160]
     assert set(sources(plan(made, layer=0))) >= {(0, 0), (1, 0)}
     moved = plan(made, layer=1)
     assert set(sources(moved)) >= {(0, 0), (1, 1)}, "from where they are at home now"
@@ -104,7 +108,7 @@ def test_redundant_homes_share_and_need_no_replicas() -> None:
     homes_S = np.array([0, 1, 1, 2, 3, 2, 4, 5, 1, 6, 7, 0])
     made = planner(homes_LS=np.tile(homes_S, (LAYERS, 1)))
     assert made.has_choice(0)
-    np.testing.assert_array_equal(made.home_pairs_R(0, HOT_RE), [800 + 600, 160, 160 + 600, 160 + 800])
+    np.testing.assert_array_equal(home_pairs_R(made), [800 + 600, 160, 160 + 600, 160 + 800])
     after_R = load_R(made, NO_REPLICAS)
     assert after_R.sum() == HOT_RE.sum()
     assert after_R.max() < 1400

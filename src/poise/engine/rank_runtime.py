@@ -24,6 +24,7 @@ from poise.model.weights import converter_for
 from poise.parallel.courier import Courier
 from poise.parallel.exchange import TokenExchange
 from poise.parallel.group import RankGroup
+from poise.parallel.host_rows import rehearse
 from poise.parallel.migration import Migration
 from poise.parallel.moe_layer import ExpertParallelLayers
 from poise.parallel.rank_experts import OnLoaded, RankExperts, experts_of
@@ -93,6 +94,7 @@ class RankRuntime:
         self.runner = self._runner(layers)
         if on_compile is not None and planned.balances.name != "static":
             on_compile()
+        group.first_alone("rows compiled", rehearse)
         self._balance(layers, experts)
         group.meet("loaded")
         self.is_loaded = True

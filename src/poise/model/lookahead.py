@@ -131,9 +131,7 @@ class Lookahead(nn.Module):
     def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor | None = None) -> Ints:
         """How many of the tokens will choose each expert of ``layer``. ``real_T``: bool, False for padding; None: all real."""
         chosen_TK = self.choices_TK(layer, hidden_TH if real_T is None or bool(real_T.all()) else hidden_TH[real_T])
-        experts = self.experts_L[layer]
-        counts_E = torch.bincount(chosen_TK.flatten().clamp(max=experts), minlength=experts + 1)[:experts]
-        return np.asarray(counts_E.numpy(force=True), dtype=np.int64)
+        return counted_E(chosen_TK, self.experts_L[layer])
 
     def own_choices_TK(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
         """What the frozen router of ``layer`` chooses for these hidden states as they are: at its own seam, the truth."""
@@ -209,6 +207,14 @@ class Lookahead(nn.Module):
             return None
         added_TE: torch.Tensor = self.residual(layer)(hidden_TH)
         return added_TE
+
+
+def counted_E(chosen_TK: torch.Tensor, num_experts: int) -> Ints:
+    """How often each expert was chosen. ``num_experts`` or more: none, or one without weights."""
+    if chosen_TK.device.type == "cpu":
+        return np.bincount(chosen_TK.numpy().ravel(), minlength=num_experts)[:num_experts]
+    counts_E = torch.bincount(chosen_TK.flatten().clamp(max=num_experts), minlength=num_experts + 1)[:num_experts]
+    return np.asarray(counts_E.numpy(force=True))
 
 
 def saved_width(path: Path, *, fingerprint: str) -> int:

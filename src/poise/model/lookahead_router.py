@@ -1,7 +1,8 @@
 """One layer's router, taken out of its model: it asks the model's own selection code, and shares the weights' memory.
 
 Softmax, sigmoid, biases, group limits, sparse mixers: whatever the class does is run as it is. What a predictor adds to the
-logits is put in where the class computes them, by its one linear map onto the experts.
+logits is put in where the class computes them, by its one linear map onto the experts. On a processor a router that turns out
+to choose the experts with the greatest logits is asked for just that, which takes a third of the time (decision 063).
 Letters: T tokens, H hidden size, E experts (idle ones included), K choices.
 """
 
@@ -16,9 +17,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from poise.model.greatest import greatest_TK
 from poise.model.lookahead_sites import FromModel, RouterSite
 from poise.model.seam import Forward
 from poise.model.wide import WideLinear
+
+TRIED_TOKENS = 256
+"""Of a router, to see whether it goes by its logits alone."""
 
 
 class FrozenRouter(nn.Module):
@@ -50,10 +55,23 @@ class FrozenRouter(nn.Module):
             self.num_outputs = trial.num_outputs
         self.scores = "other" if trial is None else trial.scores
         """What it makes of its logits: ``softmax``, ``sigmoid`` (one expert does not lower another), or ``other``."""
+        self._top_k = 0
+        """How many of the greatest logits are its choice; 0: it is run as it is."""
+        self._map = trial.maps[0] if trial is not None and self.has_logits else None
+        """Weight and bias of its linear map."""
+        if self._map is not None and self.device.type == "cpu":
+            self._top_k = self._greatest(*self._map, random=torch.Generator().manual_seed(0))
+
+    @property
+    def goes_by_logits(self) -> bool:
+        """Whether it is asked for the experts with the greatest logits, and for nothing else."""
+        return self._top_k > 0
 
     def choices_TK(self, hidden_TH: torch.Tensor, added_TE: torch.Tensor | None = None) -> torch.Tensor:
         """What the router chooses for these hidden states, int64; ``added_TE`` is added to its logits."""
         with torch.inference_mode():
+            if self._top_k and self._map is not None:
+                return self._greatest_TK(*self._map, hidden_TH, added_TE)
             changed = nullcontext() if added_TE is None else _Logits(self.num_outputs, added_TE)
             return self._run(hidden_TH, changed).to(torch.int64)
 
@@ -64,6 +82,34 @@ class FrozenRouter(nn.Module):
         with torch.no_grad():
             self._run(hidden_TH, logits)
         return logits.seen[0].reshape(-1, self.num_outputs).float()
+
+    def _greatest_TK(
+        self,
+        weight_EH: torch.Tensor,
+        bias_E: torch.Tensor | None,
+        hidden_TH: torch.Tensor,
+        added_TE: torch.Tensor | None,
+    ) -> torch.Tensor:
+        logits_TE = nn.functional.linear(hidden_TH.to(weight_EH.dtype), weight_EH, bias_E)
+        if added_TE is not None:
+            logits_TE += added_TE
+        return torch.from_numpy(greatest_TK(logits_TE.float().numpy(), self._top_k))
+
+    def _greatest(self, weight_EH: torch.Tensor, bias_E: torch.Tensor | None, *, random: torch.Generator) -> int:
+        """How many it chooses, if these have the greatest logits for each of some random tokens; else 0."""
+        own = [*self.router.parameters(), *self._own.values()]
+        if all(tensor.data_ptr() != weight_EH.data_ptr() for tensor in own):
+            return 0  # a copy, for which there is no room
+        hidden_TH = torch.randn(TRIED_TOKENS, self.hidden_size, generator=random).to(self._site.dtype)
+        with torch.inference_mode():
+            index_TK = self.choices_TK(hidden_TH)
+            logits_TE = nn.functional.linear(hidden_TH.to(weight_EH.dtype), weight_EH, bias_E).float()
+        top_k = index_TK.shape[1]
+        if top_k > self.num_outputs or int(index_TK.max()) >= self.num_outputs:
+            return 0
+        is_each = bool((index_TK.sort(dim=1).values.diff(dim=1) > 0).all())
+        greatest = torch.from_numpy(greatest_TK(logits_TE.numpy(), top_k))
+        return top_k if is_each and torch.equal(logits_TE.gather(1, index_TK), logits_TE.gather(1, greatest)) else 0
 
     def _trial(self, num_experts: int) -> _Logits:
         """What can be seen of its logits when it is asked about anything."""
@@ -124,6 +170,8 @@ class _Logits(TorchFunctionMode):
         self.num_outputs = num_outputs
         self._added_TE = added_TE
         self.seen: list[torch.Tensor] = []
+        self.maps: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        """Weight and bias of each."""
         self.wider: list[int] = []
         self.scores = "other"
 
@@ -135,9 +183,15 @@ class _Logits(TorchFunctionMode):
             if self._added_TE is not None:
                 result = result + self._added_TE.view(result.shape).to(result.dtype)
             self.seen.append(result)
+            weight, bias = (_argument(place, name, args, kwargs) for place, name in ((1, "weight"), (2, "bias")))
+            self.maps.append((weight.detach(), None if bias is None else bias.detach()))
         elif self.seen and self.scores == "other" and func in _SCORES:
             self.scores = _SCORES[func]
         return result
+
+
+def _argument(place: int, name: str, args: Any, kwargs: Any) -> Any:
+    return args[place] if len(args) > place else (kwargs or {}).get(name)
 
 
 _SCORES: dict[Any, str] = {

@@ -12,9 +12,11 @@ from functools import partial
 from time import perf_counter
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from poise.parallel.group import RankGroup
+from poise.parallel.host_rows import close_up
 from poise.parallel.learning import Learning
 from poise.parallel.routes import Routes
 
@@ -104,7 +106,7 @@ class TokenExchange:
         received_R, began_s, aside = coming.rows_R, perf_counter(), self.aside
         came = torch.empty(sum(received_R), self._row_bytes, dtype=torch.uint8, device=self._group.device)
         if not coming.is_exact:
-            came.view(torch.int32)[:, 0] = NO_ROW
+            came.view(torch.int32).numpy()[:, 0] = NO_ROW
         leaving = self._packed(hidden_TH, weights_TK, routes)
         if aside is None:
             self._group.all_to_all(came, leaving, received_R, routes.sent_R)
@@ -168,11 +170,10 @@ class TokenExchange:
 
 
 def _rows_that_came(came: torch.Tensor, most_R: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Without the places that were left empty, and how many came from each rank."""
-    is_row_M = came.view(torch.int32)[:, 0] != NO_ROW
-    pieces = torch.split(came, list(most_R))
-    received_R = tuple(int(piece.sum()) for piece in torch.split(is_row_M, list(most_R)))
-    return torch.cat([piece[:rows] for piece, rows in zip(pieces, received_R, strict=True)]), received_R
+    """Without the places that were left empty, and how many came from each rank. In host memory, in place."""
+    is_row_M = came.view(torch.int32)[:, 0].numpy() != NO_ROW
+    came_R = close_up(came.view(torch.int64).numpy(), is_row_M, np.array(most_R, dtype=np.int64))
+    return came[: int(came_R.sum())], tuple(came_R.tolist())
 
 
 def token_pieces(routes: Routes) -> tuple[torch.Tensor, ...]:

@@ -7,6 +7,7 @@ its files look like.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,11 @@ def pieces_of(source: ExpertSource) -> tuple[Piece, ...]:
         pieces.append(Piece(param=param, dtype=dtype, shape=tuple(shape), offset=offset))
         offset += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
     return tuple(pieces)
+
+
+def layout_of(source: ExpertSource) -> Hashable:
+    """The same for experts whose weights lie alike in their runs."""
+    return pieces_of(source), tuple((param, each.outputs, each.inputs) for param, each in sorted(source.int4.items()))
 
 
 def run_nbytes(source: ExpertSource) -> int:

@@ -26,8 +26,9 @@ class Forecast(Protocol):
         """The true counts of this rank's tokens at a layer. Layers come in order, pass after pass."""
         ...
 
-    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor) -> Counts:
-        """Expected counts at ``layer``, given the hidden states at the layer before (``real_T``: False for padding)."""
+    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor | None) -> Counts:
+        """Expected counts at ``layer``, given the hidden states at the layer before (``real_T``: False for padding; None: all
+        are real)."""
         ...
 
 
@@ -42,7 +43,7 @@ class LastPass:
     def saw(self, layer: int, own_E: Counts) -> None:
         self._last_LE[layer] = own_E
 
-    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor) -> Counts:
+    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor | None) -> Counts:
         return np.array(self._last_LE[layer])
 
 
@@ -68,12 +69,12 @@ class Ahead:
     def saw(self, layer: int, own_E: Counts) -> None:
         self._last.saw(layer, own_E)
 
-    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor) -> Counts:
+    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor | None) -> Counts:
         if not self._lookahead.predicts(layer):
             return self._last.counts_E(layer, hidden_TH, real_T)
-        if not real_T.any():
+        if not len(hidden_TH) or not (real_T is None or real_T.any()):
             return np.zeros(self._num_experts, dtype=np.int64)
-        return np.asarray(self._lookahead.counts_E(layer, hidden_TH, real_T), dtype=np.int64)
+        return self._lookahead.counts_E(layer, hidden_TH, real_T)
 
 
 class Replayed:
@@ -88,7 +89,7 @@ class Replayed:
     def saw(self, layer: int, own_E: Counts) -> None:
         self._seen += 1
 
-    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor) -> Counts:
+    def counts_E(self, layer: int, hidden_TH: torch.Tensor, real_T: torch.Tensor | None) -> Counts:
         """Of the layer that follows the last one seen."""
         passes, layers, experts = self._counts_PLE.shape
         assert layer == self._seen % layers, "layers come in order"

@@ -154,6 +154,15 @@ class RankGroup:
         value: bytes = self._store.get(f"text/{key}")
         return value.decode()
 
+    def first_alone(self, what: str, work: Callable[[], None]) -> None:
+        """All ranks do the ``work``, and the others when rank 0 has: what it compiles is machine code that they find. Raises
+        RankLostError when a rank is lost meanwhile."""
+        if not self.is_first:
+            self.hear(what)
+        work()
+        if self.is_first:
+            self.put(what, "yes")
+
     def meet(self, what: str) -> None:
         """Waits for all ranks to come to the same point, as long as for their start. Raises RankLostError."""
         self._store.set(f"{what}/{self.rank}", "yes")

@@ -276,8 +276,8 @@ def travel_of(received: Received, rank: int, pairs: int) -> Travel:
     """Rows and pairs that go from ``rank`` and come to it, of which it computed ``pairs`` in all."""
     routes = received.routes
     begin = sum(routes.sent_R[:rank])
-    is_here_NK = routes.experts_NK < routes.num_experts
-    here, own = torch.stack([is_here_NK.sum(), is_here_NK[begin : begin + routes.sent_R[rank]].sum()]).tolist()
+    is_here_NK = (routes.experts_NK < routes.num_experts).numpy(force=True)
+    here, own = int(is_here_NK.sum()), int(is_here_NK[begin : begin + routes.sent_R[rank]].sum())
     return Travel(
         rows_out=len(routes.token_N) - routes.sent_R[rank],
         pairs_out=here - own,

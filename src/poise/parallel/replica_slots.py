@@ -6,13 +6,13 @@ Slots of a GPU are filled from as much memory of the host (``parallel.replica_st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from poise.model.layout import ExpertSource, Weights
 from poise.model.streams import new_stream
-from poise.parallel.expert_bytes import run_nbytes, weights_over
+from poise.parallel.expert_bytes import layout_of, run_nbytes, weights_over
 from poise.parallel.rank_experts import slot_memory, slot_nbytes
 from poise.parallel.replica_staging import Landing, host_memory
 
@@ -38,7 +38,13 @@ class ReplicaSlots:
         self.per_half = replica_slots
         self.slot_bytes = slot_nbytes(sources_LE)
         self._sources_LE = sources_LE
-        self._nbytes: dict[tuple[int, int], int] = {}
+        self._layout_of: dict[tuple[int, int], tuple[int, int]] = {}
+        """By layer and expert: bytes, and which of ``_layouts``, of which a model has one or a few."""
+        self._layouts: list[Hashable] = []
+        self._weights: dict[tuple[int, int, int], Weights] = {}
+        """By half, place and layout: made once, as that takes longer than all else about a replica."""
+        self._views: dict[tuple[int, int, int], memoryview] = {}
+        """By half, place and bytes."""
         count = max(1, 2 * replica_slots)
         self._memory = slot_memory(count, self.slot_bytes, device)
         on_gpu = device.type == "cuda"
@@ -52,15 +58,18 @@ class ReplicaSlots:
     def run(self, half: int, place: int, *, layer: int, expert: int) -> torch.Tensor:
         """The bytes (uint8) that hold an expert in a slot: to be filled."""
         assert 0 <= place < self.per_half, f"slot {place} of {self.per_half}"
-        nbytes = self._nbytes.get((layer, expert))
-        if nbytes is None:
-            nbytes = self._nbytes[layer, expert] = run_nbytes(self._sources_LE[layer][expert])
+        nbytes, _ = self._layout(layer, expert)
         return self._memory(half * self.per_half + place)[:nbytes]
 
     def view(self, half: int, place: int, *, layer: int, expert: int) -> memoryview:
         """The same bytes for a socket, or those from which they are filled."""
-        run = self.run(half, place, layer=layer, expert=expert)
-        return (run if self._host is None else self._staged(half, place, len(run))).numpy().data
+        nbytes, _ = self._layout(layer, expert)
+        view = self._views.get((half, place, nbytes))
+        if view is None:
+            run = self.run(half, place, layer=layer, expert=expert)
+            view = (run if self._host is None else self._staged(half, place, nbytes)).numpy().data
+            self._views[half, place, nbytes] = view
+        return view
 
     def landing(self, half: int, place: int, *, layer: int, expert: int) -> Landing | None:
         """Brings what is in the view into the slot; None where that is the slot."""
@@ -78,7 +87,22 @@ class ReplicaSlots:
     def weights(self, half: int, place: int, *, layer: int, expert: int) -> Weights:
         """The expert in a slot that has been filled, to compute with until ``used``."""
         self._in_use = half
-        return weights_over(self.run(half, place, layer=layer, expert=expert), self._sources_LE[layer][expert])
+        _, layout = self._layout(layer, expert)
+        weights = self._weights.get((half, place, layout))
+        if weights is None:
+            run = self.run(half, place, layer=layer, expert=expert)
+            weights = self._weights[half, place, layout] = weights_over(run, self._sources_LE[layer][expert])
+        return weights
+
+    def _layout(self, layer: int, expert: int) -> tuple[int, int]:
+        known = self._layout_of.get((layer, expert))
+        if known is None:
+            source = self._sources_LE[layer][expert]
+            layout = layout_of(source)
+            if layout not in self._layouts:
+                self._layouts.append(layout)
+            known = self._layout_of[layer, expert] = run_nbytes(source), self._layouts.index(layout)
+        return known
 
     def _staged(self, half: int, place: int, nbytes: int) -> torch.Tensor:
         assert self._host is not None, "sockets reach the slots themselves"

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from poise.parallel.host_rows import Rows, rows_by_cuts, rows_in_turn
 from poise.plan.balance_assignment import Dispatch
 
 
@@ -62,13 +63,16 @@ class Routes:
     num_experts: int
 
 
-def route(choice_TK: torch.Tensor, copies: Copies, *, source_rank: int) -> Routes:
+def route(choice_TK: torch.Tensor, copies: Copies, *, source_rank: int, on_host: bool | None = None) -> Routes:
     """The routes of tokens whose choices are ``choice_TK`` (int64; E or more: none).
 
     A rank's tokens for an expert are dealt out to its copies in turn, evenly as the planners assume; different ranks begin
-    with different copies.
+    with different copies. ``on_host``: by compiled loops, for tensors in host memory; None: where they are.
     """
     num_experts = len(copies.count_E)
+    if choice_TK.device.type == "cpu" if on_host is None else on_host:
+        of_copies = copies.rank_EC.numpy(), copies.count_E.numpy()
+        return _made(rows_in_turn(_host(choice_TK), *of_copies, source_rank, copies.num_ranks), num_experts)
     choice_TK = choice_TK.clamp(max=num_experts)
     expert_TK = choice_TK.clamp(max=num_experts - 1)
     if copies.has_replicas:
@@ -79,9 +83,11 @@ def route(choice_TK: torch.Tensor, copies: Copies, *, source_rank: int) -> Route
     return _to_ranks(choice_TK, rank_TK, num_experts=num_experts, num_ranks=copies.num_ranks)
 
 
-def route_by(choice_TK: torch.Tensor, dispatch: Dispatch, *, num_ranks: int) -> Routes:
+def route_by(choice_TK: torch.Tensor, dispatch: Dispatch, *, num_ranks: int, on_host: bool | None = None) -> Routes:
     """The same for a step that was balanced: a rank's i-th token for an expert goes where ``dispatch`` says."""
     num_experts = len(dispatch.rank_EC)
+    if choice_TK.device.type == "cpu" if on_host is None else on_host:
+        return _made(rows_by_cuts(_host(choice_TK), dispatch.rank_EC, dispatch.until_EC, num_ranks), num_experts)
     choice_TK = choice_TK.clamp(max=num_experts)
     expert_TK = choice_TK.clamp(max=num_experts - 1)
     rank_EC = torch.from_numpy(dispatch.rank_EC).to(choice_TK.device)
@@ -93,6 +99,20 @@ def route_by(choice_TK: torch.Tensor, dispatch: Dispatch, *, num_ranks: int) -> 
     else:
         rank_TK = rank_EC[expert_TK, 0]
     return _to_ranks(choice_TK, rank_TK, num_experts=num_experts, num_ranks=num_ranks)
+
+
+def _host(choice_TK: torch.Tensor) -> npt.NDArray[np.int64]:
+    return np.ascontiguousarray(choice_TK.numpy())
+
+
+def _made(rows: Rows, num_experts: int) -> Routes:
+    token_N, experts_NK, sent_R = rows
+    return Routes(
+        token_N=torch.from_numpy(token_N),
+        sent_R=tuple(sent_R.tolist()),
+        experts_NK=torch.from_numpy(experts_NK),
+        num_experts=num_experts,
+    )
 
 
 def _to_ranks(choice_TK: torch.Tensor, rank_TK: torch.Tensor, *, num_experts: int, num_ranks: int) -> Routes:

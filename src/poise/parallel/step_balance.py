@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from poise.model.layout import Weights
+from poise.model.lookahead import counted_E
 from poise.parallel.copy_cost import CopyCost
 from poise.parallel.exchange import Coming
 from poise.parallel.forecast import Forecast
@@ -76,7 +77,8 @@ class StepBalance:
         self._trust = PlanTrust()
         self._promised_s, self._planned_pairs = 0.0, 0
         """By that plan, for so many (token, expert) pairs."""
-        self._heard: tuple[int, StepNews] | None = None
+        self._heard: tuple[int, StepNews, tuple[Floats, Floats]] | None = None
+        """At which layer, what, and rows over pairs that travel into and out of each rank."""
         self._half = 0
         self._guess_E: Ints | None = None
         self._computed = (0, 0, 0.0)
@@ -108,12 +110,7 @@ class StepBalance:
     def get_ready(self) -> None:
         """All ranks at once: returns when planners are compiled: by rank 0, whose machine code the others take. Raises
         RankLostError when a rank is lost meanwhile."""
-        if self._group.is_first:
-            self._planner.rehearse()
-            self._group.put("compiled", "yes")
-        else:
-            self._group.hear("compiled")
-            self._planner.rehearse()
+        self._group.first_alone("planner compiled", self._planner.rehearse)
         self._group.meet("ready to balance")
 
     def told(self) -> tuple[int, int]:
@@ -161,7 +158,7 @@ class StepBalance:
         """
         began_s = perf_counter()
         self.note = note = StepNote()
-        own_E = _counts_E(choice_TK, self._num_experts)
+        own_E = counted_E(choice_TK, self._num_experts)
         plan, bits = self._end_fetch(layer, own_E)
         guess_E = self._guess((layer + 1) % self._num_layers, layer, own_E, hidden_TH, choice_TK)
         pays = self._planner.has_choice(layer) or (plan is not None and plan.pays)
@@ -173,19 +170,20 @@ class StepBalance:
         note.told_s = heard_s - asked_s
         self._windows.end(layer)
         self._costs.saw(news)
-        self._heard = layer, news
+        fracs = news.of("in_permille") / 1e3, news.of("out_permille") / 1e3
+        self._heard = layer, news, fracs
         came_N3 = NO_REPLICAS
         waited_s = 0.0
         if self._forecast is None:
-            plan, came_N3, waited_s = self._fetch_exposed(layer, news)
+            plan, came_N3, waited_s = self._fetch_exposed(layer, news, fracs)
         elif plan is not None:
             came_N3 = plan.came(news)
         self.replicas = {} if plan is None else self._admitted(plan, came_N3)
-        note.home_pairs = float(self._planner.home_pairs_R(layer, news.counts_RE)[self._rank])
+        note.home_pairs = self._planner.home_pairs(layer, news.counts_RE, self._rank)
         note.replicas_used = len(self.replicas)
         is_alike = plan is not None and 2 * abs(self._planned_pairs - int(news.counts_RE.sum())) <= self._planned_pairs
         promised, self._promised_s = self._promised_s if is_alike else 0.0, 0.0
-        divided = self._planner.dispatch(layer, news.counts_RE, came_N3, *_fracs(news), rank=self._rank)
+        divided = self._planner.dispatch(layer, news.counts_RE, came_N3, *fracs, rank=self._rank)
         self._trust.saw(promised, 0.0 if divided is None else divided[2])
         coming = None
         if divided is None:
@@ -221,12 +219,12 @@ class StepBalance:
         """While they do: replicas for the next layer, which come as soon as the link is free."""
         began_s = perf_counter()
         assert self._heard is not None, "counts come before tokens"
-        layer, news = self._heard
+        layer, news, fracs = self._heard
         following = (layer + 1) % self._num_layers
         window_s_R = self._windows.window_s_R(news, layer)
         if self._forecast is not None:
             copy_s_R = news.of("copy_us") / 1e3 / float(news.of("trust_permille")[0])
-            plan = self._planner.plan(following, news.predicted_RE, window_s_R, *_fracs(news), copy_s_R)
+            plan = self._planner.plan(following, news.predicted_RE, window_s_R, *fracs, copy_s_R)
             self._plan, self._promised_s = (
                 self._begin(plan, following),
                 promised_s(plan, copy_s_R) if copy_s_R.any() else 0.0,
@@ -308,7 +306,7 @@ class StepBalance:
         if self._forecast is None:
             return np.zeros(self._num_experts, dtype=np.int64)
         self._forecast.saw(layer, own_E)
-        real_T = (choice_TK < self._num_experts).any(dim=1)
+        real_T = (choice_TK < self._num_experts).any(dim=1) if own_E.sum() < choice_TK.numel() else None
         self._guess_E = self._forecast.counts_E(following, hidden_TH, real_T)
         return self._guess_E
 
@@ -335,9 +333,11 @@ class StepBalance:
 
     def _exchanged(self, own: RankNews, own_E: Ints, guess_E: Ints, home: Routes | None = None) -> StepNews:
         rows_R = (0,) * self._group.num_ranks if home is None else home.sent_R
-        row = torch.from_numpy(told(own, own_E, guess_E, rows_R)).to(self._group.device)
-        sent_RN = row.repeat(self._group.num_ranks, 1)  # straight to all: Gloo's gather goes round a ring
-        heard_RN, one_each = torch.empty_like(sent_RN), [1] * self._group.num_ranks
+        rows_RN = np.tile(
+            told(own, own_E, guess_E, rows_R), (len(rows_R), 1)
+        )  # straight to all: a gather goes round a ring
+        sent_RN, one_each = torch.from_numpy(rows_RN).to(self._group.device), [1] * len(rows_R)
+        heard_RN = torch.empty_like(sent_RN)
         self._group.all_to_all(heard_RN, sent_RN, one_each, one_each)
         news = StepNews.heard(heard_RN.cpu().numpy())
         assert (news.of("layer") == own.layer).all(), f"ranks stand at different MoE layers: {news.of('layer')}"
@@ -351,10 +351,12 @@ class StepBalance:
         self.track.fetch(layer, made.wanted(self._slots))
         return made
 
-    def _fetch_exposed(self, layer: int, news: StepNews) -> tuple[StepPlan | None, Ints, float]:
+    def _fetch_exposed(
+        self, layer: int, news: StepNews, fracs: tuple[Floats, Floats]
+    ) -> tuple[StepPlan | None, Ints, float]:
         """Behind the router: replicas that pay although all wait for them, and how long that took."""
-        expert_s_R = self._slots.slot_bytes / self._windows.rate_R(news)
-        plan = self._planner.plan_exposed(layer, news.counts_RE, expert_s_R, *_fracs(news))
+        expert_s_R = self._slots.slot_bytes / np.array(self._windows.rate_R(news))
+        plan = self._planner.plan_exposed(layer, news.counts_RE, expert_s_R, *fracs)
         self.note.declined = int(plan is None)
         made = self._begin(plan, layer)
         if plan is None or made is None:
@@ -376,13 +378,3 @@ class StepBalance:
             expert: self._slots.weights(plan.half, place, layer=plan.layer, expert=expert)
             for expert, place in plan.places(came_N3).items()
         }
-
-
-def _counts_E(choice_TK: torch.Tensor, num_experts: int) -> Ints:
-    counts_E = torch.bincount(choice_TK.flatten(), minlength=num_experts + 1)[:num_experts]
-    return np.asarray(counts_E.numpy(force=True))
-
-
-def _fracs(news: StepNews) -> tuple[Floats, Floats]:
-    """Rows that travel over pairs that do, into and out of each rank."""
-    return news.of("in_permille") / 1e3, news.of("out_permille") / 1e3

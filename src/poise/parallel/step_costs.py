@@ -31,23 +31,22 @@ class StepCosts:
         self._group = group
         self._curves = curves
         self.costs = curves
-        self._rows: list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = []
+        self._news: list[StepNews] = []
         self._windows: deque[Times] = deque(maxlen=KEPT)
         self._passes = 0
 
     def saw(self, news: StepNews) -> None:
         """What ranks tell of the layer before."""
         if self._group.is_first:
-            self._rows.append(
-                np.stack([news.of("pairs"), news.of("active"), news.of("compute_us") / 1e6]).astype(float)
-            )
+            self._news.append(news)
 
     def begin_pass(self) -> bool:
         """All ranks at once, before each pass: whether ``costs`` are new."""
-        if self._rows:
-            tokens_NR, active_NR, seconds_NR = np.stack(self._rows, axis=1)
-            self._windows.append(Times(tokens_NR=tokens_NR, active_NR=active_NR, seconds_NR=seconds_NR))
-            self._rows = []
+        if self._news:
+            told = [[news.of(field) for news in self._news] for field in ("pairs", "active", "compute_us")]
+            tokens_NR, active_NR, us_NR = np.array(told, dtype=float)
+            self._windows.append(Times(tokens_NR=tokens_NR, active_NR=active_NR, seconds_NR=us_NR / 1e6))
+            self._news = []
         passes, self._passes = self._passes, self._passes + 1
         if passes not in (1, 2, 4) and (passes % INTERVAL or not passes):
             return False

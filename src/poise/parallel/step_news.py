@@ -7,7 +7,8 @@ All ranks hear the same, so that all come to the same plan. Letters: R ranks, E 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Self
 
 import numpy as np
@@ -48,14 +49,19 @@ class RankNews:
 
 
 NUM_FIELDS = len(fields(RankNews))
+_values = attrgetter(*(each.name for each in fields(RankNews)))
 _PLACE = {each.name: place for place, each in enumerate(fields(RankNews))}
 
 
 def told(news: RankNews, own_E: Ints, predicted_E: Ints, rows_R: Sequence[int]) -> Ints:
     """A rank's row. ``rows_R``: rows that it sends to each rank if experts at home compute everything."""
-    return np.concatenate(
-        [np.array(astuple(news), dtype=np.int64), own_E, predicted_E, np.array(rows_R, dtype=np.int64)]
-    )
+    experts = len(own_E)
+    row = np.empty(NUM_FIELDS + 2 * experts + len(rows_R), dtype=np.int64)
+    row[:NUM_FIELDS] = _values(news)
+    row[NUM_FIELDS : NUM_FIELDS + experts] = own_E
+    row[NUM_FIELDS + experts : NUM_FIELDS + 2 * experts] = predicted_E
+    row[NUM_FIELDS + 2 * experts :] = rows_R
+    return row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -72,9 +78,12 @@ class StepNews:
         """From all ranks' rows."""
         ranks, width = rows_RN.shape
         experts = (width - NUM_FIELDS - ranks) // 2
-        ends = [NUM_FIELDS, NUM_FIELDS + experts, NUM_FIELDS + 2 * experts]
-        numbers_RF, counts_RE, predicted_RE, rows_RR = np.split(rows_RN, ends, axis=1)
-        return cls(numbers_RF=numbers_RF, counts_RE=counts_RE, predicted_RE=predicted_RE, rows_RR=rows_RR)
+        return cls(
+            numbers_RF=rows_RN[:, :NUM_FIELDS],
+            counts_RE=rows_RN[:, NUM_FIELDS : NUM_FIELDS + experts],
+            predicted_RE=rows_RN[:, NUM_FIELDS + experts : NUM_FIELDS + 2 * experts],
+            rows_RR=rows_RN[:, NUM_FIELDS + 2 * experts :],
+        )
 
     def is_same(self, field: str) -> bool:
         """Whether all ranks tell the same there."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,27 +20,25 @@ from poise.plan.balance import BalancePlan
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepPlan:
-    """For ``layer``, into ``half`` of the slots of ``rank``. ``pays``: False where nothing is to come."""
+    """For ``layer``, into ``half`` of the slots of ``rank``. ``pays``: False where nothing is to come. ``mine``: expert and
+    source of what comes here, in the order of its slots. ``digest``: not 0."""
 
     layer: int
     rank: int
     half: int
     replica_N3: Ints
     pays: bool
+    mine: tuple[tuple[int, int], ...] = field(init=False)
+    digest: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        mine = tuple((expert, source) for expert, source, target in self.replica_N3.tolist() if target == self.rank)
+        object.__setattr__(self, "mine", mine)
+        object.__setattr__(self, "digest", zlib.crc32(self.replica_N3.tobytes(), self.layer) + 1)
 
     @classmethod
     def of(cls, plan: BalancePlan, *, layer: int, rank: int, half: int) -> StepPlan:
         return cls(layer=layer, rank=rank, half=half, replica_N3=plan.replica_N3, pays=plan.pays)
-
-    @property
-    def digest(self) -> int:
-        """Not 0."""
-        return zlib.crc32(self.replica_N3.tobytes(), self.layer) + 1
-
-    @property
-    def mine(self) -> list[tuple[int, int]]:
-        """Expert and source of what comes here, in the order of its slots."""
-        return [(expert, source) for expert, source, target in self.replica_N3.tolist() if target == self.rank]
 
     def wanted(self, slots: ReplicaSlots) -> list[Wanted]:
         """What to fetch, and where to."""
@@ -59,14 +57,14 @@ class StepPlan:
 
     def came(self, news: StepNews) -> Ints:
         """The replicas that are where they should be, by what all ranks tell: rows of ``replica_N3``."""
-        if (news.of("plan") != self.digest).any():
+        if not len(self.replica_N3) or (news.of("plan") != self.digest).any():
             return self.replica_N3[:0]
         bits_R, seen_R = news.of("arrived").tolist(), [0] * len(news.numbers_RF)
         here_N = []
         for target in self.replica_N3[:, 2].tolist():
             here_N.append(bool(bits_R[target] >> seen_R[target] & 1))
             seen_R[target] += 1
-        return np.asarray(self.replica_N3[np.array(here_N, dtype=bool)])
+        return self.replica_N3 if all(here_N) else np.asarray(self.replica_N3[np.array(here_N, dtype=bool)])
 
     def places(self, came_N3: Ints) -> Mapping[int, int]:
         """Expert to slot, of those among ``came_N3`` that are on this rank."""

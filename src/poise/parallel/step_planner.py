@@ -71,9 +71,9 @@ class StepPlanner:
         for key in [key for key in self._balancer_of if key[0] == layer]:
             del self._balancer_of[key]
 
-    def home_pairs_R(self, layer: int, counts_RE: Ints) -> Floats:
-        """What each rank would compute with its experts at home alone, evenly where an expert has several."""
-        return np.asarray(counts_RE.sum(axis=0) @ self._share_LER[layer])
+    def home_pairs(self, layer: int, counts_RE: Ints, rank: int) -> float:
+        """What a rank would compute with its experts at home alone, evenly where an expert has several."""
+        return float(counts_RE.sum(axis=0).astype(float) @ self._share_LER[layer][:, rank])
 
     def plan(
         self,

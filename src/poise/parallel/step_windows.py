@@ -33,7 +33,8 @@ class Windows:
         chunk_bytes: int,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
-        self._link_R, self._clock = link_bytes_per_s_R, clock
+        self._link_R: list[float] = link_bytes_per_s_R.tolist()
+        self._fastest, self._clock = max(self._link_R), clock
         self._chunk_bytes = chunk_bytes
         self._last_two_L = [[0.0, 0.0] for _ in range(num_layers)]
         self._pairs_L = [0] * num_layers
@@ -67,12 +68,12 @@ class Windows:
         for any replica would else never be seen to have risen. No link is faster than the fastest. Where not one chunk came
         whole, half of one is taken to have been on its way, or less, by the known rate: a short window makes no link slow."""
         if fetched.busy_s > 0:
-            rate = self._bytes / self._busy_s if self._busy_s > 0 else float(self._link_R.max())
+            rate = self._bytes / self._busy_s if self._busy_s > 0 else self._fastest
             nbytes = fetched.nbytes or min(self._chunk_bytes / 2, rate * fetched.busy_s)
             self._busy_s = KEEP * self._busy_s + fetched.busy_s
             self._bytes = max(KEEP * self._bytes + nbytes, LEAST_BYTES_PER_S * self._busy_s)
         else:
-            self._busy_s = max(DOUBT * self._busy_s, self._bytes / float(self._link_R.max()))
+            self._busy_s = max(DOUBT * self._busy_s, self._bytes / self._fastest)
 
     @property
     def fetch_kb_s(self) -> int:
@@ -87,11 +88,12 @@ class Windows:
         pairs, before = int(news.counts_RE.sum()), self._pairs_L[layer]
         self._pairs_L[layer] = pairs
         scale = min(1.0, pairs / before) if before else 0.0
-        return np.asarray(USED_FRAC * scale * 1e-6 * news.of("window_us") * self.rate_R(news) / self._link_R)
+        told = zip(news.of("window_us").tolist(), self.rate_R(news), self._link_R, strict=True)
+        return np.array([USED_FRAC * scale * 1e-6 * window_us * rate / link for window_us, rate, link in told])
 
-    def rate_R(self, news: StepNews) -> npt.NDArray[np.float64]:
+    def rate_R(self, news: StepNews) -> list[float]:
         """Bytes a second at which each rank's replicas come. A rank that has fetched nothing is taken to be like the others."""
-        told_R = 1e3 * news.of("fetch_kb_s").astype(float)
-        known_R = told_R > 0
-        usual = told_R[known_R].mean() if known_R.any() else np.inf
-        return np.minimum(np.where(known_R, told_R, usual), self._link_R)
+        told_R = [1e3 * kb_s for kb_s in news.of("fetch_kb_s").tolist()]
+        known = [rate for rate in told_R if rate > 0]
+        usual = sum(known) / len(known) if known else np.inf
+        return [min(rate or usual, link) for rate, link in zip(told_R, self._link_R, strict=True)]

@@ -1,0 +1,106 @@
+"""Loops over tokens and rows in host memory, compiled: the dozen operators that they take on tensors cost more than the work.
+
+Numbers in, numbers out, of the shapes and dtypes that are said (C-contiguous); each one's first call takes long (``rehearse``).
+Letters as in ``parallel.routes``; M places for rows that come, B eight-byte words of a row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from poise.parallel.step_news import Ints
+from poise.plan.compiled import compiled
+
+Rows = tuple[Ints, Ints, Ints]
+"""``token_N``, ``experts_NK`` and ``sent_R`` of routes."""
+
+
+@compiled
+def rows_in_turn(choice_TK: Ints, rank_EC: Ints, count_E: Ints, first: int, num_ranks: int) -> Rows:
+    """The i-th choice of an expert goes to its copy ``first + i``, modulo its copies. E or more: no choice."""
+    tokens, top_k = choice_TK.shape
+    rank_TK, seen_E = np.empty((tokens, top_k), dtype=np.int64), np.zeros(len(count_E), dtype=np.int64)
+    for token in range(tokens):
+        for k in range(top_k):
+            expert = choice_TK[token, k]
+            rank_TK[token, k] = num_ranks
+            if expert < len(count_E):
+                rank_TK[token, k] = rank_EC[expert, (first + seen_E[expert]) % count_E[expert]]
+                seen_E[expert] += 1
+    return _rows(choice_TK, rank_TK, len(count_E), num_ranks)
+
+
+@compiled
+def rows_by_cuts(choice_TK: Ints, rank_EC: Ints, until_EC: Ints, num_ranks: int) -> Rows:
+    """The i-th choice of an expert goes to the first of its copies with ``i < until``, or to the last. E or more: no choice."""
+    tokens, top_k = choice_TK.shape
+    experts, last = len(rank_EC), rank_EC.shape[1] - 1
+    rank_TK = np.empty((tokens, top_k), dtype=np.int64)
+    seen_E, copy_E = np.zeros(experts, dtype=np.int64), np.zeros(experts, dtype=np.int64)
+    for token in range(tokens):
+        for k in range(top_k):
+            expert = choice_TK[token, k]
+            rank_TK[token, k] = num_ranks
+            if expert < experts:
+                while copy_E[expert] < last and seen_E[expert] >= until_EC[expert, copy_E[expert]]:
+                    copy_E[expert] += 1
+                rank_TK[token, k] = rank_EC[expert, copy_E[expert]]
+                seen_E[expert] += 1
+    return _rows(choice_TK, rank_TK, experts, num_ranks)
+
+
+@compiled
+def _rows(choice_TK: Ints, rank_TK: Ints, num_experts: int, num_ranks: int) -> Rows:
+    """A row for each rank that a token goes to, rank by rank. ``rank_TK``: ``num_ranks`` for none."""
+    tokens, top_k = choice_TK.shape
+    sent_R = np.zeros(num_ranks, dtype=np.int64)
+    last_R = np.full(num_ranks + 1, -1, dtype=np.int64)  # the last token that went there
+    last_R[num_ranks] = tokens
+    for token in range(tokens):
+        for k in range(top_k):
+            rank = rank_TK[token, k]
+            if last_R[rank] < token:
+                last_R[rank] = token
+                sent_R[rank] += 1
+    end_R = np.cumsum(sent_R) - sent_R
+    token_N = np.empty(sent_R.sum(), dtype=np.int64)
+    experts_NK = np.full((len(token_N), top_k), num_experts, dtype=np.int64)
+    last_R[:num_ranks] = -1
+    for token in range(tokens):
+        for k in range(top_k):
+            rank = rank_TK[token, k]
+            if last_R[rank] < token:
+                last_R[rank] = token
+                token_N[end_R[rank]] = token
+                end_R[rank] += 1
+            if rank < num_ranks:
+                experts_NK[end_R[rank] - 1, k] = choice_TK[token, k]
+    return token_N, experts_NK, sent_R
+
+
+@compiled
+def close_up(row_MB: Ints, is_row_M: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], most_R: Ints) -> Ints:
+    """Moves rows up to where places before them are empty, and returns how many there are of each rank's ``most_R`` places."""
+    came_R = np.zeros(len(most_R), dtype=np.int64)
+    place, end = 0, 0
+    for rank in range(len(most_R)):
+        begin, end = end, end + most_R[rank]
+        for row in range(begin, end):
+            if is_row_M[row]:
+                if place < row:
+                    row_MB[place] = row_MB[row]
+                place += 1
+                came_R[rank] += 1
+    return came_R
+
+
+def rehearse() -> None:
+    """Compiles all of it, which takes long the first time on a machine."""
+    choice_TK, one_EC, one_E = (
+        np.zeros((1, 1), dtype=np.int64),
+        np.zeros((1, 1), dtype=np.int64),
+        np.ones(1, dtype=np.int64),
+    )
+    rows_in_turn(choice_TK, one_EC, one_E, 0, 1)
+    rows_by_cuts(choice_TK, one_EC, one_EC, 1)
+    close_up(one_EC, np.ones(1, dtype=np.bool_), one_E)
