@@ -118,6 +118,7 @@ def test_an_oracle_knows_every_count_and_figures_say_what_balancing_did(tmp_path
     awake: Contenders = {"probe": {**PROBE["probe"], "steps": {"rests": False}}}
     with Session(shared_ranks(2)) as session:
         placed = {**job, "placement": popular_first(session, job)}
+        assert session.run(job).passes_until(3 * 2 * 32) == 3, "each pass ends with a token of each prompt"
         facts = contest(session, placed, STATIC | awake | ORACLE, tmp_path, rounds=1, warm_up=3)
     assert list(facts) == ["static", "probe", "oracle"]
     assert facts["static"]["balanced"] is None

@@ -39,6 +39,19 @@ class Job:
         return refusal.value.smallest_bytes
 
 
+class TokenCosts(FixedCosts):
+    """Tokens take time, passes do not."""
+
+    def __init__(self) -> None:
+        super().__init__(attention=1e-6, expert=1e-6, disk_bytes_per_s=1e12)
+
+    def attention_s(self, *, rows: int, row_tokens: int, context_tokens: int) -> float:
+        return rows * row_tokens * self.attention
+
+    def experts_s(self, tokens: float, active: float) -> float:
+        return tokens * self.expert
+
+
 @st.composite
 def jobs(draw: st.DrawFn) -> Job:
     prompts = tuple(draw(st.lists(st.integers(1, 3_000), min_size=1, max_size=30)))
@@ -138,6 +151,38 @@ def test_more_memory_is_never_slower(job: Job, factor: float, more: float) -> No
     smallest = job.smallest_budget()
     less, greater = job.plan(int(smallest * factor)), job.plan(int(smallest * factor * more))
     assert greater.predicted_tokens_per_s >= less.predicted_tokens_per_s * (1.0 - 2 * WORTH_FRAC)
+
+
+@settings(max_examples=60, deadline=None)
+@given(jobs(), st.floats(1.0, 20.0))
+def test_passes_that_are_wanted_large_are_no_smaller_and_as_fast(job: Job, factor: float) -> None:
+    large = replace(job, model=replace(job.model, wants_large_passes=True))
+    budget = int(job.smallest_budget() * factor)
+    plan, larger = job.plan(budget), large.plan(budget)
+    assert larger.group.pass_tokens >= plan.group.pass_tokens
+    assert larger.predicted_s <= plan.predicted_s * (1.0 + 2 * WORTH_FRAC)
+    assert larger.memory_bytes <= budget
+
+
+def test_where_only_tokens_take_time_the_whole_prompts_come_in_at_once_if_large_passes_are_wanted() -> None:
+    model = PipelineModel(
+        spec=model_spec(layers=4, experts=8, top_k=2, expert_bytes=MIB, dense_bytes=MIB),
+        cache=CacheSpec(
+            bytes_per_token=KIB, largest_layer_bytes_per_token=KIB, state_bytes=0, movable_bytes_per_token=0
+        ),
+        activation=ActivationSpec(
+            hidden=64, width=64, expert_width=64, top_k=2, vocabulary=128, itemsize=4, materialised_heads=0
+        ),
+        dense=dense_ways(dense_spec(MIB, 4, 0.0))[:1],
+        slot_bytes=MIB,
+    )
+    workload = Workload(prompt_tokens=(256, 256), new_tokens=(1, 1))
+
+    def plan(model: PipelineModel) -> PipelinePlan:
+        return plan_pipeline(model, TokenCosts(), workload, memory_bytes=GIB, only=[(2, 1)])
+
+    assert plan(model).group.pass_tokens < 512
+    assert plan(replace(model, wants_large_passes=True)).group.pass_tokens == 512
 
 
 @settings(max_examples=60, deadline=None)

@@ -174,6 +174,7 @@ def for_ranks(drawn: Blueprint, placement: Placement, *, replica_slots: int = 0)
         scratch_bytes=pipeline.scratch_bytes + shard_bytes_of(drawn, placement, replica_slots=replica_slots),
         max_slots=None,
         may_move_cache=(False,),
+        wants_large_passes=True,  # of exchanges, which the time model does not know
     )
     return replace(drawn, pipeline=planned)
 

@@ -29,8 +29,10 @@ class PipelineModel:
 
     ``dense``: the ways in which its dense weights may lie, from most memory to least. ``may_move_cache``: whether caches may
     be planned on disk. ``num_batches``, ``pass_tokens``: numbers of batches, caps on the prompt tokens of a pass.
-    ``wanted_slots``: more rows are no reason to plan fewer, where so many fit at all. ``under_way``: as ``plan.passes`` has
-    it. ``most_moved_bytes``: room where caches move to; None: not known. ``budget_name``: what refusals call the budget.
+    ``wants_large_passes``: of plans that are alike in speed, the one with most tokens in a pass, as passes have costs that are
+    not known. ``wanted_slots``: more rows are no reason to plan fewer, where so many fit at all. ``under_way``: as
+    ``plan.passes`` has it. ``most_moved_bytes``: room where caches move to; None: not known. ``budget_name``: what refusals
+    call the budget.
     """
 
     spec: ModelSpec
@@ -44,6 +46,7 @@ class PipelineModel:
     may_move_cache: tuple[bool, ...] = (False,)
     num_batches: tuple[int, ...] = NUM_BATCHES
     pass_tokens: tuple[int, ...] = PASS_TOKENS
+    wants_large_passes: bool = False
     wanted_slots: int = 1
     under_way: int = UNDER_WAY
     most_moved_bytes: int | None = None

@@ -108,11 +108,13 @@ class _Fitted:
     ahead: int
     seconds: float
 
-    def rank(self, fastest_s: float) -> tuple[float, ...]:
-        """Speed in steps of ``WORTH_FRAC``, then simplicity, then memory that is not needed for experts; then speed."""
+    def rank(self, fastest_s: float, *, wants_large_passes: bool) -> tuple[float, ...]:
+        """Speed in steps of ``WORTH_FRAC``, then simplicity, then large passes where they are wanted, then memory that is not
+        needed for experts; then speed."""
         behind = math.floor(math.log(self.seconds / fastest_s) / WORTH_FRAC)
         simple = (len(self.dense.streamed), self.candidate.cache_on_disk, self.candidate.group.num_batches)
-        return behind, *simple, self.candidate.working_bytes, self.seconds
+        large = self.candidate.group.pass_tokens if wants_large_passes else 0
+        return behind, *simple, -large, self.candidate.working_bytes, self.seconds
 
 
 def plan_pipeline(
@@ -142,7 +144,7 @@ def plan_pipeline(
     enough = max(min(each.num_slots, model.wanted_slots) for each in fitted)
     fitted = [each for each in fitted if each.num_slots >= enough]
     fastest_s = min(each.seconds for each in fitted)
-    best, *others = sorted(fitted, key=lambda each: each.rank(fastest_s))
+    best, *others = sorted(fitted, key=lambda each: each.rank(fastest_s, wants_large_passes=model.wants_large_passes))
     return search.plan(best, _alternatives(best, others, sum(workload.new_tokens)))
 
 

@@ -45,11 +45,13 @@ def contest(
     *,
     rounds: int = ROUNDS,
     warm_up: int = WARM_UP,
+    behind_tokens: int | None = None,
     steps: int | None = None,
 ) -> dict[str, Any]:
     """Facts of each contender; ``job`` is what they have in common, with passes enough. The first one is the yardstick.
 
-    ``steps``: passes that count; None: all behind ``warm_up``.
+    ``behind_tokens``: in place of ``warm_up``: as many passes as it takes until so many tokens are generated. ``steps``: passes
+    that count; None: all that are left.
     """
     runs: dict[str, list[JobResult]] = {name: [] for name in contenders}
     replay: Path | None = None
@@ -68,6 +70,7 @@ def contest(
             result = session.run({**job, **given})
             runs[name].append(result)
             if replay is None and result.load_RPLE is not None:
+                warm_up = warm_up if behind_tokens is None else result.passes_until(behind_tokens)
                 replay = directory / "replay.npy"
                 np.save(replay, result.load_RPLE)
                 placed = _placed(result, warm_up)

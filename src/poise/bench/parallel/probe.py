@@ -56,8 +56,6 @@ from poise.bench.scratch import Scratch
 NAME = "parallel-probe"
 STEPS = 8
 """Passes that are measured of each contender in each round, unless --steps says otherwise."""
-PASS_TOKENS = 512
-"""Of prompts, on each rank."""
 KNOWN = 6
 """Passes after which costs are known."""
 DECODE_ROWS, DECODE_PROMPT = 128, 8
@@ -72,8 +70,8 @@ EVEN = 0.01
 """An exponent at which all experts are about as popular."""
 SKEWS = (EVEN, 0.35, 0.7)
 TOKENS = (16, 64, 256)
-OVERHEAD_ROWS = (1, 2)
-"""Prompts of each rank in a pass, which has 512 tokens of a rank at most."""
+OVERHEAD_ROWS, OVERHEAD_TOKENS = (4, 16), 64
+"""Prompts of each rank in a pass, and tokens of each: few enough to come in whole."""
 LINKS: Mapping[str, Callable[[], ClusterLayout]] = {
     "loopback": two_ranks,
     "4 Gbit/s": lambda: two_ranks().with_link(4 * GBIT_PER_S),
@@ -197,26 +195,26 @@ class _Suite:
         rows: int = DECODE_ROWS,
         prompt: int = DECODE_PROMPT,
     ) -> dict[str, Any]:
-        """Sequences of one kind, ``passes`` of them, then of the next; those of the last kind count, without prefill, or, if
-        there is no other, behind as many passes."""
+        """Sequences of one kind, ``passes`` tokens of each, then of the next; those of the last kind count, without prefill, or
+        behind as many tokens if there is no other."""
         layout = eight_ranks()
         per_kind = rows * len(layout.ranks)
         rows_WT = np.concatenate([_beginnings(case, kind, per_kind, prompt) for kind in kinds])
         prompts = write_rows(self._scratch / "decode.json", rows_WT)
-        prefills = -(-rows * prompt // PASS_TOKENS)
-        before = (len(kinds) - 1) * (passes + prefills - 1) + prefills if len(kinds) > 1 else passes
-        last = 1 + self._steps if len(kinds) > 1 else passes + self._steps
-        new_tokens = [passes] * per_kind * (len(kinds) - 1) + [last] * per_kind
+        *others, last = [passes] * (len(kinds) - 1) + [1 if len(kinds) > 1 else passes]
+        new_tokens = np.repeat([*others, last + self._steps], per_kind).tolist()
+        before = (sum(others) + last) * per_kind
         job = {**prefill_job(case, prompts, rows_per_rank=rows), "new_tokens": new_tokens}
         with Session(layout) as session:
-            facts = contest(session, job, contenders, self._scratch, warm_up=before, steps=self._steps)
+            facts = contest(session, job, contenders, self._scratch, behind_tokens=before, steps=self._steps)
             return self._about(case, session, "decode", rows) | {"policies": facts}
 
     def _overhead(self) -> dict[str, Any]:
         """Even popularity: nothing to gain, so what balancing costs is seen, in short passes and in long ones."""
         case, layout = self._random(EVEN), two_ranks()
+        rows_WT = next(iter(case.rows.values())).reshape(-1, OVERHEAD_TOKENS)
         rows = [
-            self._prefill(case, layout, None, STATIC | PROBE, rows_per_rank=count, rounds=4, warm_up=KNOWN)
+            self._prefill(case, layout, rows_WT, STATIC | PROBE, rows_per_rank=count, rounds=4, warm_up=KNOWN)
             for count in OVERHEAD_ROWS
         ]
         return {"rows": rows}

@@ -49,6 +49,10 @@ class JobResult:
         """Wall time of every pass, what lies between passes included, on rank 0."""
         return np.diff(np.asarray(self.facts["stamps_ns"], dtype=float)) / 1e9
 
+    def passes_until(self, tokens: int) -> int:
+        """After how many passes so many tokens, of all sequences, have been generated."""
+        return int(np.searchsorted(self.facts["generated"], tokens))
+
 
 class Session:
     """``with Session(layout) as session: session.run(job)``.

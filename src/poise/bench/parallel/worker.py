@@ -26,7 +26,7 @@ import torch
 from poise.engine.balances import BALANCES
 from poise.engine.llm import LLM
 from poise.engine.parallel_llm import ParallelLLM
-from poise.engine.request import Prompt, RequestOutput
+from poise.engine.request import Progress, Prompt, RequestOutput
 from poise.engine.sampling import SamplingParams
 from poise.parallel.launch import Launch
 from poise.parallel.moe_layer import LayerRecord
@@ -59,6 +59,7 @@ class _Rank:
     def __init__(self, directory: Path, number: int, launch: Launch, job: Mapping[str, Any]) -> None:
         self._directory, self._number, self._launch, self._job = directory, number, launch, job
         self._stamps_ns: list[int] = []
+        self._generated: list[int] = []
         self._rows: list[tuple[int, int, float]] = []
         self._load: list[Any] = []
 
@@ -74,7 +75,7 @@ class _Rank:
             if self._launch.rank > 0:
                 llm.follow()
             else:
-                made = llm.generate(*self._asked(), on_progress=lambda _: self._stamp())
+                made = llm.generate(*self._asked(), on_progress=self._stamp)
                 facts = self._facts(llm, made)
             if job.get("keeps_records"):
                 self._save_records(len(llm.placement.layers))
@@ -151,8 +152,9 @@ class _Rank:
         tokens = given if isinstance(given, list) else [given] * len(prompts)
         return prompts[::-1], [SamplingParams(max_tokens=count, ignore_eos=True) for count in tokens[::-1]]
 
-    def _stamp(self) -> None:
+    def _stamp(self, progress: Progress) -> None:
         self._stamps_ns.append(perf_counter_ns())
+        self._generated.append(progress.generated_tokens)
         if self._job.get("tells_passes"):
             (self._directory / f"passes-{self._number}.json").write_text(str(len(self._stamps_ns) - 1))
 
@@ -161,6 +163,7 @@ class _Rank:
         return {
             "tokens": _tokens(made),
             "stamps_ns": self._stamps_ns,
+            "generated": self._generated,
             "passes_in_halves": llm.runner.passes_in_halves,
             "figures": None if figures is None else figures.to_json(),
             "balanced": None if steps is None else steps.to_json(),
