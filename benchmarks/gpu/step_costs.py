@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu.hiding import MODEL
 from benchmarks.gpu.layers import EXPERTS, RANKS, TOKENS, TOP_K, GroupedExperts, load_of, rows_for, subject_of
 from benchmarks.gpu.timing import device_s, host_s
-from poise.model.lookahead import Lookahead
+from poise.model.lookahead import Lookahead, counted_E
 from poise.model.lookahead_training import WIDTH
 from poise.parallel.forecast import Ahead
 from poise.parallel.routes import Copies, route, route_by
@@ -92,15 +92,16 @@ def _parts(phase: str) -> Iterator[tuple[str, float]]:
     dispatch = planner.dispatch(0, counts_RE, plan.replica_N3, one_R, one_R, rank=0)
     assert dispatch is not None, "costs are known"
     choice_TK = _choices(counts_RE[0])
-    copies = Copies.of(np.arange(EXPERTS), num_experts=EXPERTS, num_ranks=RANKS).to(DEVICE)
+    host_TK = choice_TK.cpu()
+    copies = Copies.of(np.arange(EXPERTS), num_experts=EXPERTS, num_ranks=RANKS)
     news_RN = torch.zeros(RANKS, len(fields(RankNews)) + 2 * EXPERTS + RANKS, dtype=torch.int64, device=DEVICE)
     parts = {
-        "own_counts_us": lambda: torch.bincount(choice_TK.flatten(), minlength=EXPERTS + 1).cpu(),
+        "choices_to_host_and_counts_us": lambda: counted_E(choice_TK.cpu(), EXPERTS),
         "news_to_host_us": lambda: news_RN.cpu(),
         "plan_us": lambda: planner.plan(0, counts_RE, 1e-3 * one_R, one_R, one_R),
         "divide_us": lambda: planner.dispatch(0, counts_RE, plan.replica_N3, one_R, one_R, rank=0),
-        "routes_by_plan_us": lambda: route_by(choice_TK, dispatch[0], num_ranks=RANKS),
-        "routes_at_home_us": lambda: route(choice_TK, copies, source_rank=0),
+        "routes_by_plan_us": lambda: route_by(host_TK, dispatch[0], num_ranks=RANKS, device=DEVICE),
+        "routes_at_home_us": lambda: route(host_TK, copies, source_rank=0, device=DEVICE),
     }
     yield from host_s(parts).items()
 

@@ -164,7 +164,7 @@ class ParallelRunner:
         for change in changes:
             self.layers.copies_L[change.layer] = Copies.of(
                 change.slot_to_expert_S, num_experts=placement.num_experts, num_ranks=placement.ranks
-            ).to(self._group.device)
+            )
         if balance is not None:
             slot_to_expert_LS, changed = placement.slot_to_expert_LS.astype(np.int64), [each.layer for each in changes]
             told_R = [(saved, spent) for _, _, _, saved, spent, *_ in heard]

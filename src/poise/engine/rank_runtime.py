@@ -113,7 +113,7 @@ class RankRuntime:
         group, drawn, placement = self._group, self.blueprint, self.planned.placement
         modules_L = [drawn.model.get_submodule(module.name) for module in drawn.modules]
         copies_L = [
-            Copies.of(row_S, num_experts=placement.num_experts, num_ranks=placement.ranks).to(group.device)
+            Copies.of(row_S, num_experts=placement.num_experts, num_ranks=placement.ranks)
             for row_S in placement.slot_to_expert_LS
         ]
         exchange = TokenExchange(group, hidden=drawn.spec.hidden, top_k=drawn.spec.top_k, dtype=drawn.dtype.dtype)

@@ -11,8 +11,8 @@ import numpy as np
 from poise.parallel.step_news import Ints
 from poise.plan.compiled import compiled
 
-Rows = tuple[Ints, Ints, Ints]
-"""``token_N``, ``experts_NK`` and ``sent_R`` of routes."""
+Rows = tuple[Ints, Ints, Ints, Ints]
+"""``token_N``, ``experts_NK``, ``sent_R`` and ``pairs_R`` of routes."""
 
 
 @compiled
@@ -53,7 +53,7 @@ def rows_by_cuts(choice_TK: Ints, rank_EC: Ints, until_EC: Ints, num_ranks: int)
 def _rows(choice_TK: Ints, rank_TK: Ints, num_experts: int, num_ranks: int) -> Rows:
     """A row for each rank that a token goes to, rank by rank. ``rank_TK``: ``num_ranks`` for none."""
     tokens, top_k = choice_TK.shape
-    sent_R = np.zeros(num_ranks, dtype=np.int64)
+    sent_R, pairs_R = np.zeros(num_ranks, dtype=np.int64), np.zeros(num_ranks, dtype=np.int64)
     last_R = np.full(num_ranks + 1, -1, dtype=np.int64)  # the last token that went there
     last_R[num_ranks] = tokens
     for token in range(tokens):
@@ -75,7 +75,8 @@ def _rows(choice_TK: Ints, rank_TK: Ints, num_experts: int, num_ranks: int) -> R
                 end_R[rank] += 1
             if rank < num_ranks:
                 experts_NK[end_R[rank] - 1, k] = choice_TK[token, k]
-    return token_N, experts_NK, sent_R
+                pairs_R[rank] += 1
+    return token_N, experts_NK, sent_R, pairs_R
 
 
 @compiled

@@ -275,14 +275,11 @@ class ExpertParallelLayers:
 def travel_of(received: Received, rank: int, pairs: int) -> Travel:
     """Rows and pairs that go from ``rank`` and come to it, of which it computed ``pairs`` in all."""
     routes = received.routes
-    begin = sum(routes.sent_R[:rank])
-    is_here_NK = (routes.experts_NK < routes.num_experts).numpy(force=True)
-    here, own = int(is_here_NK.sum()), int(is_here_NK[begin : begin + routes.sent_R[rank]].sum())
     return Travel(
         rows_out=len(routes.token_N) - routes.sent_R[rank],
-        pairs_out=here - own,
+        pairs_out=sum(routes.pairs_R) - routes.pairs_R[rank],
         rows_in=sum(received.received_R) - received.received_R[rank],
-        pairs_in=pairs - own,
+        pairs_in=pairs - routes.pairs_R[rank],
     )
 
 

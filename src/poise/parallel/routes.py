@@ -1,7 +1,8 @@
 """Where the tokens of one rank go: which rows travel to which rank, each at most once, and which of their experts are there.
 
-Tensors in, tensors out; no communication. Letters: T tokens of this rank, K choices of a token, E experts, C copies of an
-expert, R ranks, N rows on their way (a token that goes to two ranks has two).
+Tensors in, tensors out; no communication. Found on the host, which has to know how many rows go where: a compiled loop takes
+less time than launching the few dozen operators that a GPU would need. Letters: T tokens of this rank, K choices of a token,
+E experts, C copies of an expert, R ranks, N rows on their way (a token that goes to two ranks has two).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from poise.plan.balance_assignment import Dispatch
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Copies:
-    """The ranks that have an expert: ``rank_EC`` (int64), ``count_E`` of which are meant. One layer's."""
+    """The ranks that have an expert: ``rank_EC``, ``count_E`` of which are meant. One layer's."""
 
-    rank_EC: torch.Tensor
-    count_E: torch.Tensor
+    rank_EC: npt.NDArray[np.int64]
+    count_E: npt.NDArray[np.int64]
     num_ranks: int
 
     @classmethod
@@ -35,105 +36,57 @@ class Copies:
         assert all(ranks), "every expert has a copy"
         most = max(map(len, ranks))
         return cls(
-            rank_EC=torch.tensor([(row * most)[:most] for row in ranks]),
-            count_E=torch.tensor([len(row) for row in ranks]),
+            rank_EC=np.array([(row * most)[:most] for row in ranks], dtype=np.int64),
+            count_E=np.array([len(row) for row in ranks], dtype=np.int64),
             num_ranks=num_ranks,
         )
-
-    @property
-    def has_replicas(self) -> bool:
-        """Whether any expert lies on more than one rank."""
-        return self.rank_EC.shape[1] > 1
-
-    def to(self, device: torch.device) -> Copies:
-        """The same on a device."""
-        return Copies(rank_EC=self.rank_EC.to(device), count_E=self.count_E.to(device), num_ranks=self.num_ranks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Routes:
     """Rows for rank 0, then for rank 1, ...: row n is token ``token_N[n]`` (ascending within a rank), ``sent_R`` per rank.
 
-    ``experts_NK`` (int64): the choices that the receiver computes; E for those that others do, or nobody (padding).
+    ``experts_NK`` (integers): the choices that the receiver computes, ``pairs_R`` in all of its rows; E for those that others
+    do, or nobody (padding).
     """
 
     token_N: torch.Tensor
     sent_R: tuple[int, ...]
+    pairs_R: tuple[int, ...]
     experts_NK: torch.Tensor
     num_experts: int
 
 
-def route(choice_TK: torch.Tensor, copies: Copies, *, source_rank: int, on_host: bool | None = None) -> Routes:
-    """The routes of tokens whose choices are ``choice_TK`` (int64; E or more: none).
+def route(choice_TK: torch.Tensor, copies: Copies, *, source_rank: int, device: torch.device | None = None) -> Routes:
+    """The routes of tokens whose choices are ``choice_TK`` (int64; E or more: none), on ``device``; None: where choices are.
 
     A rank's tokens for an expert are dealt out to its copies in turn, evenly as the planners assume; different ranks begin
-    with different copies. ``on_host``: by compiled loops, for tensors in host memory; None: where they are.
+    with different copies.
     """
-    num_experts = len(copies.count_E)
-    if choice_TK.device.type == "cpu" if on_host is None else on_host:
-        of_copies = copies.rank_EC.numpy(), copies.count_E.numpy()
-        return _made(rows_in_turn(_host(choice_TK), *of_copies, source_rank, copies.num_ranks), num_experts)
-    choice_TK = choice_TK.clamp(max=num_experts)
-    expert_TK = choice_TK.clamp(max=num_experts - 1)
-    if copies.has_replicas:
-        turn_TK = _ordinals(choice_TK, num_experts) + source_rank
-        rank_TK = copies.rank_EC[expert_TK, turn_TK % copies.count_E[expert_TK]]
-    else:
-        rank_TK = copies.rank_EC[expert_TK, 0]
-    return _to_ranks(choice_TK, rank_TK, num_experts=num_experts, num_ranks=copies.num_ranks)
+    rows = rows_in_turn(_host(choice_TK), copies.rank_EC, copies.count_E, source_rank, copies.num_ranks)
+    return _made(rows, len(copies.count_E), device or choice_TK.device)
 
 
-def route_by(choice_TK: torch.Tensor, dispatch: Dispatch, *, num_ranks: int, on_host: bool | None = None) -> Routes:
+def route_by(
+    choice_TK: torch.Tensor, dispatch: Dispatch, *, num_ranks: int, device: torch.device | None = None
+) -> Routes:
     """The same for a step that was balanced: a rank's i-th token for an expert goes where ``dispatch`` says."""
-    num_experts = len(dispatch.rank_EC)
-    if choice_TK.device.type == "cpu" if on_host is None else on_host:
-        return _made(rows_by_cuts(_host(choice_TK), dispatch.rank_EC, dispatch.until_EC, num_ranks), num_experts)
-    choice_TK = choice_TK.clamp(max=num_experts)
-    expert_TK = choice_TK.clamp(max=num_experts - 1)
-    rank_EC = torch.from_numpy(dispatch.rank_EC).to(choice_TK.device)
-    if rank_EC.shape[1] > 1:
-        until_EC = torch.from_numpy(dispatch.until_EC).to(choice_TK.device)
-        turn_TK = _ordinals(choice_TK, num_experts)
-        copy_TK = (turn_TK[..., None] >= until_EC[expert_TK]).sum(dim=-1).clamp(max=rank_EC.shape[1] - 1)
-        rank_TK = rank_EC[expert_TK, copy_TK]
-    else:
-        rank_TK = rank_EC[expert_TK, 0]
-    return _to_ranks(choice_TK, rank_TK, num_experts=num_experts, num_ranks=num_ranks)
+    rows = rows_by_cuts(_host(choice_TK), dispatch.rank_EC, dispatch.until_EC, num_ranks)
+    return _made(rows, len(dispatch.rank_EC), device or choice_TK.device)
 
 
 def _host(choice_TK: torch.Tensor) -> npt.NDArray[np.int64]:
-    return np.ascontiguousarray(choice_TK.numpy())
+    return np.ascontiguousarray(choice_TK.numpy(force=True))
 
 
-def _made(rows: Rows, num_experts: int) -> Routes:
-    token_N, experts_NK, sent_R = rows
+def _made(rows: Rows, num_experts: int, device: torch.device) -> Routes:
+    token_N, experts_NK, sent_R, pairs_R = rows
+    if device.type != "cpu" and num_experts < np.iinfo(np.int16).max:
+        experts_NK = experts_NK.astype(np.int16)  # a quarter of the bytes on the way to a GPU
     return Routes(
-        token_N=torch.from_numpy(token_N),
+        token_N=torch.from_numpy(token_N).to(device),
         sent_R=tuple(sent_R.tolist()),
-        experts_NK=torch.from_numpy(experts_NK),
+        pairs_R=tuple(pairs_R.tolist()),
+        experts_NK=torch.from_numpy(experts_NK).to(device),
         num_experts=num_experts,
     )
-
-
-def _to_ranks(choice_TK: torch.Tensor, rank_TK: torch.Tensor, *, num_experts: int, num_ranks: int) -> Routes:
-    """Rows for choices (E: none) that ``rank_TK`` computes."""
-    rank_TK = torch.where(choice_TK < num_experts, rank_TK, num_ranks)
-    goes_TR = torch.zeros(len(choice_TK), num_ranks + 1, dtype=torch.bool, device=choice_TK.device)
-    goes_TR.scatter_(1, rank_TK, torch.ones_like(rank_TK, dtype=torch.bool))
-    goes_RT = goes_TR[:, :num_ranks].t()
-    rank_N, token_N = goes_RT.nonzero(as_tuple=True)
-    experts_NK = torch.where(rank_TK[token_N] == rank_N[:, None], choice_TK[token_N], num_experts)
-    return Routes(
-        token_N=token_N, sent_R=tuple(goes_RT.sum(dim=1).tolist()), experts_NK=experts_NK, num_experts=num_experts
-    )
-
-
-def _ordinals(choice_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How many earlier choices are of the same expert, shape (T, K)."""
-    flat_P = choice_TK.reshape(-1)
-    order_P = flat_P.argsort(stable=True)
-    counts_E = torch.bincount(flat_P, minlength=num_experts + 1)
-    begin_E = counts_E.cumsum(0) - counts_E
-    place_P = torch.empty_like(order_P)
-    place_P[order_P] = torch.arange(len(order_P), device=order_P.device) - begin_E[flat_P[order_P]]
-    return place_P.view(choice_TK.shape)

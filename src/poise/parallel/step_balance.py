@@ -158,11 +158,12 @@ class StepBalance:
         """
         began_s = perf_counter()
         self.note = note = StepNote()
+        choice_TK = choice_TK.cpu()  # where counts and routes are found
         own_E = counted_E(choice_TK, self._num_experts)
         plan, bits = self._end_fetch(layer, own_E)
         guess_E = self._guess((layer + 1) % self._num_layers, layer, own_E, hidden_TH, choice_TK)
         pays = self._planner.has_choice(layer) or (plan is not None and plan.pays)
-        home = None if pays else route(choice_TK, copies, source_rank=self._rank)
+        home = None if pays else route(choice_TK, copies, source_rank=self._rank, device=hidden_TH.device)
         asked_s = perf_counter()
         own = self._own_news(layer, len(hidden_TH), plan, bits, pays=pays)
         news = self._exchanged(own, own_E, guess_E, home)
@@ -187,13 +188,13 @@ class StepBalance:
         self._trust.saw(promised, 0.0 if divided is None else divided[2])
         coming = None
         if divided is None:
-            routes = home or route(choice_TK, copies, source_rank=self._rank)
+            routes = home or route(choice_TK, copies, source_rank=self._rank, device=hidden_TH.device)
             if not news.of("pays").any():
                 coming = Coming(rows_R=tuple(news.rows_RR[:, self._rank].tolist()))
         else:
             dispatch, pairs_R, gain_s = divided
             self._saved_s += gain_s
-            routes = route_by(choice_TK, dispatch, num_ranks=self._group.num_ranks)
+            routes = route_by(choice_TK, dispatch, num_ranks=self._group.num_ranks, device=hidden_TH.device)
             if news.is_same("arithmetic"):
                 most_R = np.minimum(pairs_R, news.of("tokens"))
                 most_R[self._rank] = routes.sent_R[self._rank]
@@ -306,7 +307,8 @@ class StepBalance:
         if self._forecast is None:
             return np.zeros(self._num_experts, dtype=np.int64)
         self._forecast.saw(layer, own_E)
-        real_T = (choice_TK < self._num_experts).any(dim=1) if own_E.sum() < choice_TK.numel() else None
+        is_padded = own_E.sum() < choice_TK.numel()
+        real_T = (choice_TK < self._num_experts).any(dim=1).to(hidden_TH.device) if is_padded else None
         self._guess_E = self._forecast.counts_E(following, hidden_TH, real_T)
         return self._guess_E
 
