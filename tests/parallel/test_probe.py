@@ -104,10 +104,9 @@ def test_greedy_tokens_are_those_of_each_prompt_alone_while_replicas_come(
     used = sum(record.note.replicas_used for records in records_R for record in records)
     assert used > 0, "no replica came, so that nothing was tested"
     for layer in zip(*records_R, strict=True):
-        assert sum(record.routed_tokens for record in layer) == sum(record.note.own_pairs for record in layer)
-        assert sum(record.note.home_pairs for record in layer) == pytest.approx(
-            sum(record.note.own_pairs for record in layer)
-        )
+        routed = sum(record.routed_tokens for record in layer)
+        assert sum(record.note.own_pairs for record in layer) in (0, routed), "all, or nobody was asked"
+        assert sum(record.note.home_pairs for record in layer) == pytest.approx(routed)
         assert len({record.note.declined for record in layer}) == 1
     if policy is not None:
         assert results[0]["moved"] > 0

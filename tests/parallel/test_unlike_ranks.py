@@ -67,7 +67,7 @@ def generate(launch: Launch, path: Path, prompts: list[list[int]]) -> dict[str, 
         "divided_otherwise": sum(divided),
         "replicas": sum(record.note.replicas_used for record in records),
         "pairs": sum(record.routed_tokens for record in records),
-        "own": sum(record.note.own_pairs for record in records),
+        "own": sum(record.note.home_pairs for record in records),
     }
 
 

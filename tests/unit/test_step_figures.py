@@ -60,7 +60,7 @@ def test_passes_in_which_balancing_rested_are_counted() -> None:
     both = StepFigures.joined([rested, step_figures_of(layer_of(), np.ones((2, 1)))])
     assert both.to_json()["rested_passes"] == 1
     assert both.lines("nobody")[2].endswith("in 0 of 2 layers none paid")
-    assert both.lines("nobody")[3].endswith("; it rested in 1 of 2 passes, where it costs more than it brings")
+    assert both.lines("nobody")[3].endswith("; it rested in 2 of 4 layers, where it costs more than it brings")
 
 
 def test_what_predictors_learn_meanwhile_is_said_beside_what_they_predict() -> None:

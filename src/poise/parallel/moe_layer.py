@@ -208,7 +208,7 @@ class ExpertParallelLayers:
         note = StepNote(home_pairs=computed.routed_tokens, rested=1)
         if self._balance is not None:
             note = self._balance.note
-            note.counts_s += received.waited_s
+            note.counts_s += 0.0 if note.rested else received.waited_s
         if self.learning is not None:
             learnt = self.learning.taken()
             note.learnt_steps, note.learnt_s, note.learnt_late = learnt.steps, learnt.seconds, learnt.late

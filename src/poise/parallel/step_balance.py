@@ -36,6 +36,7 @@ from poise.parallel.step_windows import Windows
 from poise.plan.balance import BalancePlan
 from poise.plan.compiled import arithmetic
 from poise.plan.rank_costs import Floats
+from poise.plan.step_looks import StepLooks
 from poise.plan.step_rest import StepRest
 from poise.spec.timeline import COMPUTE, EXCHANGE, Span, Timeline
 
@@ -63,7 +64,7 @@ class StepBalance:
         num_experts: int,
         rest: StepRest | None = None,
     ) -> None:
-        self._rest = rest
+        self._rest, self._looks = rest, StepLooks(num_layers)
         self.rests = False
         """Whether the pass at hand runs as without balancing."""
         self._saved_s = self._spent_s = 0.0
@@ -84,8 +85,8 @@ class StepBalance:
         self._computed = (0, 0, 0.0)
         self._permille = (1000, 1000)
         self._aux_s = 0.0
-        self._counts_again = False
-        """Whether that has been said."""
+        self._is_alike = self._counts_again = False
+        """Whether ranks are known to plan alike, and whether it has been said that they may not."""
         self._missed: set[int] = set()
         """Ranks that send no more replicas."""
         self.replicas: Mapping[int, Weights] = {}
@@ -137,14 +138,17 @@ class StepBalance:
             rested, self.rests = self.rests, not self._rest.begin(tokens)
             if rested and not self.rests:
                 self._trust = PlanTrust()  # on trial
+                self._looks.forget()
             if self.rests and not rested:
                 self._windows.close()
                 self._guess_E, self._plan = None, None
                 self.track.end_fetch()
         if self._costs.begin_pass():
             self._planner.set_costs(self._costs.costs)
+        self._looks.begin(tokens)
         for layer in changed:
             self._planner.set_homes(layer, slot_to_expert_LS[layer])
+            self._looks.forget(layer)
         if self._plan is not None and 0 in changed:
             self._plan = None  # of homes that are no more
             self.track.end_fetch()
@@ -160,10 +164,15 @@ class StepBalance:
         self.note = note = StepNote()
         choice_TK = choice_TK.cpu()  # where counts and routes are found
         own_E = counted_E(choice_TK, self._num_experts)
-        plan, bits = self._end_fetch(layer, own_E)
-        guess_E = self._guess((layer + 1) % self._num_layers, layer, own_E, hidden_TH, choice_TK)
+        plan, bits = self._end_fetch(layer)
         pays = self._planner.has_choice(layer) or (plan is not None and plan.pays)
+        following = (layer + 1) % self._num_layers
+        is_idle = not pays and self._forecast is not None and self._is_alike and not self._looks.looks_at(following)
+        if is_idle:
+            self._pass_over(layer, own_E, began_s)
+            return route(choice_TK, copies, source_rank=self._rank, device=hidden_TH.device), None
         home = None if pays else route(choice_TK, copies, source_rank=self._rank, device=hidden_TH.device)
+        guess_E = self._guess(following, layer, own_E, hidden_TH, choice_TK)
         asked_s = perf_counter()
         own = self._own_news(layer, len(hidden_TH), plan, bits, pays=pays)
         news = self._exchanged(own, own_E, guess_E, home)
@@ -171,19 +180,19 @@ class StepBalance:
         note.told_s = heard_s - asked_s
         self._windows.end(layer)
         self._costs.saw(news)
+        self._is_alike = news.is_same("arithmetic")
         fracs = news.of("in_permille") / 1e3, news.of("out_permille") / 1e3
         self._heard = layer, news, fracs
-        came_N3 = NO_REPLICAS
-        waited_s = 0.0
+        came_N3, waited_s = NO_REPLICAS, 0.0
         if self._forecast is None:
             plan, came_N3, waited_s = self._fetch_exposed(layer, news, fracs)
         elif plan is not None:
             came_N3 = plan.came(news)
-        self.replicas = {} if plan is None else self._admitted(plan, came_N3)
+        self.replicas = {} if plan is None else plan.weights(self._slots, came_N3)
         note.home_pairs = self._planner.home_pairs(layer, news.counts_RE, self._rank)
         note.replicas_used = len(self.replicas)
-        is_alike = plan is not None and 2 * abs(self._planned_pairs - int(news.counts_RE.sum())) <= self._planned_pairs
-        promised, self._promised_s = self._promised_s if is_alike else 0.0, 0.0
+        is_as_planned = plan is not None and 2 * abs(self._planned_pairs - news.pairs) <= self._planned_pairs
+        promised, self._promised_s = self._promised_s if is_as_planned else 0.0, 0.0
         divided = self._planner.dispatch(layer, news.counts_RE, came_N3, *fracs, rank=self._rank)
         self._trust.saw(promised, 0.0 if divided is None else divided[2])
         coming = None
@@ -195,15 +204,13 @@ class StepBalance:
             dispatch, pairs_R, gain_s = divided
             self._saved_s += gain_s
             routes = route_by(choice_TK, dispatch, num_ranks=self._group.num_ranks, device=hidden_TH.device)
-            if news.is_same("arithmetic"):
+            if self._is_alike:
                 most_R = np.minimum(pairs_R, news.of("tokens"))
                 most_R[self._rank] = routes.sent_R[self._rank]
                 coming = Coming(rows_R=tuple(most_R.tolist()), is_exact=False)
             elif not self._counts_again:
                 self._counts_again = True
-                logger.warning(
-                    "ranks differ in processor, NumPy or numba: rows are counted once more in each balanced layer"
-                )
+                logger.warning("ranks differ in processor, NumPy or numba: balanced layers count rows once more")
         ended_s = perf_counter()
         note.balance_s = ended_s - began_s - note.told_s - waited_s
         note.told_s += waited_s
@@ -218,19 +225,20 @@ class StepBalance:
 
     def plan_next(self) -> None:
         """While they do: replicas for the next layer, which come as soon as the link is free."""
+        if self._heard is None:
+            return  # nobody has told anything
         began_s = perf_counter()
-        assert self._heard is not None, "counts come before tokens"
         layer, news, fracs = self._heard
         following = (layer + 1) % self._num_layers
         window_s_R = self._windows.window_s_R(news, layer)
         if self._forecast is not None:
             copy_s_R = news.of("copy_us") / 1e3 / float(news.of("trust_permille")[0])
             plan = self._planner.plan(following, news.predicted_RE, window_s_R, *fracs, copy_s_R)
-            self._plan, self._promised_s = (
-                self._begin(plan, following),
-                promised_s(plan, copy_s_R) if copy_s_R.any() else 0.0,
-            )
+            self._plan = self._begin(plan, following)
+            self._promised_s = promised_s(plan, copy_s_R) if copy_s_R.any() else 0.0
             self._planned_pairs = int(news.predicted_RE.sum())
+            if plan is not None:
+                self._looks.saw(following, pays=plan.pays)
         took_s = perf_counter() - began_s
         self.note.balance_s += took_s
         self._spent_s += took_s
@@ -253,6 +261,8 @@ class StepBalance:
     def computed(self, *, pairs: int, active: int, seconds: float, travel: Travel) -> None:
         """What this rank has computed in the layer at hand, and what that took."""
         self._computed = pairs, active, seconds
+        if self.note.rested:
+            self.note.home_pairs = pairs
         self._permille = travel.permille
         self._slots.used()
         self.replicas = {}
@@ -272,16 +282,24 @@ class StepBalance:
         for track, name, begin_s, end_s in (*parts, (COMPUTE, "divide", heard_s, ended_s)):
             self.timeline.spans.append(Span(track, name, round(begin_s * 1e9), round(end_s * 1e9), {"layer": layer}))
 
-    def _end_fetch(self, layer: int, own_E: Ints) -> tuple[StepPlan | None, int]:
+    def _pass_over(self, layer: int, own_E: Ints, began_s: float) -> None:
+        """As without balancing: no replica computes here, and nobody asks for one in the next layer."""
+        assert self._forecast is not None, "who plans behind the router looks at each layer"
+        self._forecast.saw(layer, own_E)
+        self.note.rested, self.note.declined = 1, 0
+        self._windows.end(layer)
+        self._trust.saw(0.0, 0.0)
+        self._heard, self._guess_E, self._promised_s, self.replicas = None, None, 0.0, {}
+        self.note.balance_s = perf_counter() - began_s
+        self._spent_s += self.note.balance_s
+
+    def _end_fetch(self, layer: int) -> tuple[StepPlan | None, int]:
         """The plan for this layer, and which of its replicas are here."""
         self._raise_if_stuck()
         fetched = self.track.end_fetch()
         if self._forecast is not None:
             self._windows.fetched(fetched)
         self.note.replica_bytes = fetched.nbytes
-        self.note.own_pairs = int(own_E.sum())
-        if self._guess_E is not None:
-            self.note.guessed_wrong = int(np.abs(self._guess_E - own_E).sum()) // 2
         plan, self._plan = self._plan, None
         if plan is None or plan.layer != layer:
             return None, 0
@@ -304,10 +322,15 @@ class StepBalance:
             )
 
     def _guess(self, following: int, layer: int, own_E: Ints, hidden_TH: torch.Tensor, choice_TK: torch.Tensor) -> Ints:
+        pairs = int(own_E.sum())
+        if self._guess_E is not None:
+            self.note.guessed_wrong = int(np.abs(self._guess_E - own_E).sum()) // 2
+        if self._guess_E is not None or self._forecast is None:
+            self.note.own_pairs = pairs
         if self._forecast is None:
             return np.zeros(self._num_experts, dtype=np.int64)
         self._forecast.saw(layer, own_E)
-        is_padded = own_E.sum() < choice_TK.numel()
+        is_padded = pairs < choice_TK.numel()
         real_T = (choice_TK < self._num_experts).any(dim=1).to(hidden_TH.device) if is_padded else None
         self._guess_E = self._forecast.counts_E(following, hidden_TH, real_T)
         return self._guess_E
@@ -335,14 +358,14 @@ class StepBalance:
 
     def _exchanged(self, own: RankNews, own_E: Ints, guess_E: Ints, home: Routes | None = None) -> StepNews:
         rows_R = (0,) * self._group.num_ranks if home is None else home.sent_R
-        rows_RN = np.tile(
-            told(own, own_E, guess_E, rows_R), (len(rows_R), 1)
-        )  # straight to all: a gather goes round a ring
+        row = told(own, own_E, guess_E, rows_R)
+        rows_RN = np.empty((len(rows_R), len(row)), dtype=np.int64)
+        rows_RN[:] = row  # straight to all: Gloo's gather goes round a ring
         sent_RN, one_each = torch.from_numpy(rows_RN).to(self._group.device), [1] * len(rows_R)
         heard_RN = torch.empty_like(sent_RN)
         self._group.all_to_all(heard_RN, sent_RN, one_each, one_each)
         news = StepNews.heard(heard_RN.cpu().numpy())
-        assert (news.of("layer") == own.layer).all(), f"ranks stand at different MoE layers: {news.of('layer')}"
+        assert set(news.of("layer").tolist()) == {own.layer}, f"ranks stand at different MoE layers: {news.of('layer')}"
         return news
 
     def _begin(self, plan: BalancePlan | None, layer: int) -> StepPlan | None:
@@ -374,9 +397,3 @@ class StepBalance:
         own = RankNews(layer=layer, plan=made.digest, arrived=made.arrived_bits(fetched))
         came_N3 = made.came(self._exchanged(own, nothing_E, nothing_E))
         return made, came_N3, perf_counter() - began_s
-
-    def _admitted(self, plan: StepPlan, came_N3: Ints) -> Mapping[int, Weights]:
-        return {
-            expert: self._slots.weights(plan.half, place, layer=plan.layer, expert=expert)
-            for expert, place in plan.places(came_N3).items()
-        }

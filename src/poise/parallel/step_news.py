@@ -66,10 +66,12 @@ def told(news: RankNews, own_E: Ints, predicted_E: Ints, rows_R: Sequence[int]) 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepNews:
-    """Of all ranks: ``counts_RE`` of this layer, ``predicted_RE`` of the next, ``rows_RR`` from rank (row) to rank (column)."""
+    """Of all ranks: ``counts_RE`` of this layer, ``pairs`` in all, ``predicted_RE`` of the next, ``rows_RR`` from rank (row) to
+    rank (column)."""
 
     numbers_RF: Ints
     counts_RE: Ints
+    pairs: int
     predicted_RE: Ints
     rows_RR: Ints
 
@@ -78,16 +80,18 @@ class StepNews:
         """From all ranks' rows."""
         ranks, width = rows_RN.shape
         experts = (width - NUM_FIELDS - ranks) // 2
+        counts_RE = rows_RN[:, NUM_FIELDS : NUM_FIELDS + experts]
         return cls(
             numbers_RF=rows_RN[:, :NUM_FIELDS],
-            counts_RE=rows_RN[:, NUM_FIELDS : NUM_FIELDS + experts],
+            counts_RE=counts_RE,
+            pairs=int(counts_RE.sum()),
             predicted_RE=rows_RN[:, NUM_FIELDS + experts : NUM_FIELDS + 2 * experts],
             rows_RR=rows_RN[:, NUM_FIELDS + 2 * experts :],
         )
 
     def is_same(self, field: str) -> bool:
         """Whether all ranks tell the same there."""
-        return bool((self.of(field) == self.of(field)[0]).all())
+        return len(set(self.of(field).tolist())) == 1
 
     def of(self, field: str) -> Ints:
         """One of the fields of ``RankNews``, of each rank."""

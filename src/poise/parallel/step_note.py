@@ -10,11 +10,12 @@ class StepNote:
     """What balancing did for one layer on one rank; seconds and bytes are its own.
 
     ``home_pairs``: (token, expert) pairs that it would have computed with its experts at home alone. ``own_pairs``: of its own
-    tokens, of which ``guessed_wrong`` were predicted for other experts. ``replicas_planned`` for it, of which ``replicas_used``
-    came in time; ``replica_bytes`` came in all. ``declined``: 1 where nothing paid. ``told_s``: to tell and hear counts
-    and, behind the router, to get replicas. ``counts_s``: what of waiting would not be without balancing: messages beyond the
-    one that there is anyway, replicas that are waited for. ``balance_s``: predicting, planning and dividing on the computing
-    thread (planning while rows travel); ``aux_s``: processor time of the auxiliary thread. ``rested``: 1 where it rested.
+    tokens, where these were predicted or nobody predicts, of which ``guessed_wrong`` were predicted for other experts.
+    ``replicas_planned`` for it, of which ``replicas_used`` came in time; ``replica_bytes`` came in all. ``declined``: 1 where
+    nothing paid. ``told_s``: to tell and hear counts and, behind the router, to get replicas. ``counts_s``: what of waiting
+    would not be without balancing: messages beyond the one that there is anyway, replicas that are waited for. ``balance_s``:
+    predicting, planning and dividing on the computing thread (planning while rows travel); ``aux_s``: processor time of the
+    auxiliary thread. ``rested``: 1 where it rested, in this layer (``plan.step_looks``) or as a whole.
     ``learnt_steps``, ``learnt_s``, ``learnt_late``: what the predictor did since the layer before (``parallel.learning``).
     """
 

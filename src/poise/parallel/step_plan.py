@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from poise.model.layout import Weights
 from poise.parallel.replica_fetch import Fetched, Wanted
 from poise.parallel.replica_slots import ReplicaSlots
 from poise.parallel.step_news import Ints, StepNews
@@ -51,6 +52,13 @@ class StepPlan:
             )
             for place, (expert, source) in enumerate(self.mine)
         ]
+
+    def weights(self, slots: ReplicaSlots, came_N3: Ints) -> Mapping[int, Weights]:
+        """By expert, of those among ``came_N3`` that are on this rank."""
+        return {
+            expert: slots.weights(self.half, place, layer=self.layer, expert=expert)
+            for expert, place in self.places(came_N3).items()
+        }
 
     def arrived_bits(self, fetched: Fetched) -> int:
         return sum(1 << place for place, here in enumerate(fetched.arrived) if here)

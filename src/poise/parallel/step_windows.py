@@ -85,7 +85,7 @@ class Windows:
 
         A pass with fewer tokens has shorter windows.
         """
-        pairs, before = int(news.counts_RE.sum()), self._pairs_L[layer]
+        pairs, before = news.pairs, self._pairs_L[layer]
         self._pairs_L[layer] = pairs
         scale = min(1.0, pairs / before) if before else 0.0
         told = zip(news.of("window_us").tolist(), self.rate_R(news), self._link_R, strict=True)

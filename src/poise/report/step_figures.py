@@ -79,7 +79,8 @@ class StepFigures(OfPasses):
             "replicas_used": float(self.replicas_used_P.sum()),
             "replica_bytes": float(self.replica_bytes_P.sum()),
             "declined": float(self.declined_P.sum()),
-            "rested_passes": int((self.rested_P > 0).sum()),
+            "rested_passes": int((self.rested_P == len(self.rested_L)).sum()),
+            "rested_layers": float(self.rested_P.sum()),
             "exposed_frac": _share(self.exposed_s_P, self.pass_s_P),
             "aux_s": float(self.aux_s_P.sum()),
             "learnt_steps": float(self.learnt_steps_P.sum()),
@@ -92,16 +93,15 @@ class StepFigures(OfPasses):
     def lines(self, predictor: str) -> list[str]:
         """For people: how even the steps became, by whose predictions, with how many replicas, and for how much."""
         planned, used = self.replicas_planned_P.sum(), self.replicas_used_P.sum()
-        rested = int((self.rested_P > 0).sum())
-        balanced = (self.passes - rested) * len(self.home_imbalance_L)
-        rests = f"; it rested in {rested} of {self.passes} passes, where it costs more than it brings" if rested else ""
+        rested, layers = self.rested_P.sum(), self.passes * len(self.rested_L)
+        rests = f"; it rested in {rested:.0f} of {layers} layers, where it costs more than it brings" if rested else ""
         return [
             f"steps balanced: tokens, most of a rank over the mean, {self.home_imbalance_P.mean():.2f} with experts at home, "
             f"{self.imbalance_P.mean():.2f} with replicas",
             f"predicted by {predictor}: {1 - _share(self.guessed_wrong_P, self.own_pairs_P):.0%} of the tokens for the experts "
             f"that they went to{self._learnt()}",
             f"replicas: {used:.0f} used, {planned - used:.0f} late, {format_bytes(float(self.replica_bytes_P.sum()))} came; "
-            f"in {self.declined_P.sum():.0f} of {balanced} layers none paid",
+            f"in {self.declined_P.sum():.0f} of {layers - rested:.0f} layers none paid",
             f"cost of it: {_share(self.exposed_s_P, self.pass_s_P):.1%} of the passes, and "
             f"{format_s(float(self.aux_s_P.sum()))} of processor time aside on all ranks{rests}",
         ]

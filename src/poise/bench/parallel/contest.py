@@ -126,7 +126,15 @@ def _balanced(parts: Sequence[Mapping[str, Any] | None], counted: slice) -> dict
         "guessed_wrong_frac": float(sums["guessed_wrong"].sum() / max(sums["own_pairs"].sum(), 1.0)),
         **{
             f"{name}_per_pass": float(sums[name].sum() / passes)
-            for name in ("replicas_planned", "replicas_used", "replica_bytes", "declined", "exposed_s", "aux_s")
+            for name in (
+                "replicas_planned",
+                "replicas_used",
+                "replica_bytes",
+                "declined",
+                "rested",
+                "exposed_s",
+                "aux_s",
+            )
         },
         "exposed_frac": float(sums["exposed_s"].sum() / sums["pass_s"].sum()),
     }
