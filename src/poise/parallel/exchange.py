@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from poise.parallel.group import RankGroup
-from poise.parallel.host_rows import close_up
+from poise.parallel.host_rows import add_rows, close_up, fill_rows
 from poise.parallel.learning import Learning
 from poise.parallel.routes import Routes
 
@@ -141,6 +141,9 @@ class TokenExchange:
         if aside is not None:
             aside.outputs_came()
         output_TH = torch.zeros(tokens, self._hidden, device=self._group.device)
+        if self._group.device.type == "cpu" and self._dtype == torch.float32:
+            add_rows(output_TH.numpy(), routes.token_N.numpy(), back_NH.numpy())
+            return output_TH
         for token_N, row_NH in zip(token_pieces(routes), torch.split(back_NH, list(routes.sent_R)), strict=True):
             output_TH.index_add_(0, token_N, row_NH.float())  # each token at most once in a call: in the order of ranks
         return output_TH.to(self._dtype)
@@ -163,6 +166,11 @@ class TokenExchange:
         assert hidden_TH.dtype == self._dtype, f"hidden states are {hidden_TH.dtype}, not {self._dtype}"
         assert weights_TK.shape[1] == top_k, f"{weights_TK.shape[1]} choices a token, not {top_k}"
         rows = torch.empty(len(routes.token_N), self._row_bytes, dtype=torch.uint8, device=self._group.device)
+        if self._group.device.type == "cpu" and self._hidden * self._dtype.itemsize % 4 == 0:
+            of_rows = rows.view(torch.int32).numpy(), rows.view(torch.float32).numpy()
+            of_tokens = weights_TK.float().contiguous().numpy(), hidden_TH.contiguous().view(torch.int32).numpy()
+            fill_rows(*of_rows, routes.token_N.numpy(), routes.experts_NK.numpy(), *of_tokens)
+            return rows
         rows.view(torch.int32)[:, :top_k].copy_(routes.experts_NK)
         rows.view(torch.float32)[:, top_k : 2 * top_k].copy_(weights_TK.index_select(0, routes.token_N))
         rows.view(self._dtype)[:, begin : begin + self._hidden].copy_(hidden_TH.index_select(0, routes.token_N))

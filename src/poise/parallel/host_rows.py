@@ -11,6 +11,8 @@ import numpy as np
 from poise.parallel.step_news import Ints
 from poise.plan.compiled import compiled
 
+Words = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+Singles = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Rows = tuple[Ints, Ints, Ints, Ints]
 """``token_N``, ``experts_NK``, ``sent_R`` and ``pairs_R`` of routes."""
 
@@ -95,6 +97,30 @@ def close_up(row_MB: Ints, is_row_M: np.ndarray[tuple[int, ...], np.dtype[np.boo
     return came_R
 
 
+@compiled
+def fill_rows(
+    row_NW: Words, row_NF: Singles, token_N: Ints, experts_NK: Ints, weights_TK: Singles, hidden_TV: Words
+) -> None:
+    """Each row: experts, their weights, the token's hidden state (V words). ``row_NW`` and ``row_NF`` are the same memory."""
+    top_k = experts_NK.shape[1]
+    for row in range(len(token_N)):
+        token = token_N[row]
+        for k in range(top_k):
+            row_NW[row, k] = experts_NK[row, k]
+            row_NF[row, top_k + k] = weights_TK[token, k]
+        for word in range(hidden_TV.shape[1]):
+            row_NW[row, 2 * top_k + word] = hidden_TV[token, word]
+
+
+@compiled
+def add_rows(output_TH: Singles, token_N: Ints, row_NH: Singles) -> None:
+    """Adds each row to its token's, in the order of rows."""
+    for row in range(len(token_N)):
+        token = token_N[row]
+        for column in range(row_NH.shape[1]):
+            output_TH[token, column] += row_NH[row, column]
+
+
 def rehearse() -> None:
     """Compiles all of it, which takes long the first time on a machine."""
     choice_TK, one_EC, one_E = (
@@ -104,4 +130,7 @@ def rehearse() -> None:
     )
     rows_in_turn(choice_TK, one_EC, one_E, 0, 1)
     rows_by_cuts(choice_TK, one_EC, one_EC, 1)
+    words, singles = np.zeros((1, 3), dtype=np.int32), np.zeros((1, 3), dtype=np.float32)
+    fill_rows(words, singles, np.zeros(1, dtype=np.int64), choice_TK, singles, words[:, :1].copy())
+    add_rows(singles, np.zeros(1, dtype=np.int64), singles)
     close_up(one_EC, np.ones(1, dtype=np.bool_), one_E)
