@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from poise.model.arena import Arena
+from poise.model.read_plan import ALIGNMENT
 from poise.offload.lanes import Lane, Mark
 from poise.offload.pinned import Pinned
 from poise.offload.scratch import Job, Scratch, ScratchThread
@@ -36,7 +37,10 @@ class Region(Protocol):
     """What one cache takes in a place."""
 
     def grow(self, nbytes: int) -> int:
-        """Takes so much more; returns where it begins. Raises UsageError where there is no room."""
+        """Takes so much more, rounded up to the alignment; returns where it begins.
+
+        Raises UsageError where there is no room.
+        """
         ...
 
     def close(self) -> None:
@@ -163,14 +167,16 @@ class _DramRegion:
         self._end = 0
 
     def grow(self, nbytes: int) -> int:
-        begin = self._end
+        begin, nbytes = self._end, -(-nbytes // ALIGNMENT) * ALIGNMENT
         self._stretches[begin] = nbytes, self._pool.take(nbytes)
         self._end += nbytes
         return begin
 
     def bytes_at(self, at: int, nbytes: int) -> torch.Tensor:
         begin = max(each for each in self._stretches if each <= at)
-        return self._stretches[begin][1][0].bytes_of(0, at - begin, nbytes)
+        there, (arena, _) = self._stretches[begin]
+        assert at + nbytes <= begin + there, "a copy reaches past what is pinned"
+        return arena.bytes_of(0, at - begin, nbytes)
 
     def close(self) -> None:
         for nbytes, memory in self._stretches.values():
