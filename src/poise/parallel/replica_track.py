@@ -9,6 +9,7 @@ still received, before the next fetch begins.
 
 from __future__ import annotations
 
+import logging
 import selectors
 import socket
 import threading
@@ -18,10 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter_ns
 
+from poise.parallel.group import RankGroup
 from poise.parallel.replica_fetch import Fetch, Fetched, Wanted
 from poise.parallel.replica_wire import ASK, CHUNK, GONE, Link, Message
 from poise.spec.timeline import Timeline
 from poise.units import KIB
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 256 * KIB
 Serve = Callable[[Message, int], memoryview | None]
@@ -59,6 +63,8 @@ class ReplicaTrack:
         self.error: Exception | None = None
         self.lost: set[int] = set()
         """Ranks to which the link has ended."""
+        self._missed: set[int] = set()
+        """Those of which that has been said."""
         self.timeline: Timeline | None = None
         """Gets a span for each part of a fetch, and for the time in which it is suspended."""
         self._wake_in, self._wake_out = socket.socketpair()
@@ -112,6 +118,22 @@ class ReplicaTrack:
             return None
         _, message, source, since_ns = asked
         return (perf_counter_ns() - since_ns) / 1e9, source, message
+
+    def check(self, group: RankGroup) -> None:
+        """Says once which ranks send no more. Raises what has broken the thread; RankLostError, on all ranks, where a chunk does not
+        come for as long as a rank may keep the others waiting."""
+        if self.error is not None:
+            raise self.error
+        for rank in sorted(self.lost - self._missed):
+            logger.warning("no replicas come from rank %d any more: the link to it has ended", rank)
+            self._missed.add(rank)
+        waits = self.waits_since_s
+        if waits is not None and waits[0] > group.behind_s:
+            _, source, asked = waits
+            group.end_all(
+                f"expert {asked.expert} of MoE layer {asked.layer} does not come from rank {source} to rank {group.rank} "
+                f"within {group.behind_s:g} s"
+            )
 
     def suspend(self) -> None:
         """Tokens are about to travel: asks and answers for no more chunks."""

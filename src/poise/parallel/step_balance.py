@@ -42,6 +42,8 @@ from poise.spec.timeline import COMPUTE, EXCHANGE, Span, Timeline
 
 logger = logging.getLogger(__name__)
 
+KEEP = 0.9
+"""Of what a layer is known to take, when another one has been balanced."""
 LEAST_WAIT_S, EXPOSED_WAIT = 0.05, 4.0
 """Replicas that ranks wait for are given up after so long, and so many times what fetching should take."""
 
@@ -69,6 +71,8 @@ class StepBalance:
         """Whether the pass at hand runs as without balancing."""
         self._saved_s = self._spent_s = 0.0
         """In it so far."""
+        self._look_s = 0.0
+        """What predicting, planning and dividing of one layer have lately taken here."""
         self._group, self._rank = group, group.rank
         self._planner, self.track, self._slots = planner, track, slots
         self._costs, self._windows, self._copies, self._forecast = costs, windows, copies, forecast
@@ -87,8 +91,6 @@ class StepBalance:
         self._aux_s = 0.0
         self._is_alike = self._counts_again = False
         """Whether ranks are known to plan alike, and whether it has been said that they may not."""
-        self._missed: set[int] = set()
-        """Ranks that send no more replicas."""
         self.replicas: Mapping[int, Weights] = {}
         """By expert, those that compute in the layer at hand."""
         self.note = StepNote()
@@ -194,15 +196,17 @@ class StepBalance:
         is_as_planned = plan is not None and 2 * abs(self._planned_pairs - news.pairs) <= self._planned_pairs
         promised, self._promised_s = self._promised_s if is_as_planned else 0.0, 0.0
         divided = self._planner.dispatch(layer, news.counts_RE, came_N3, *fracs, rank=self._rank)
-        self._trust.saw(promised, 0.0 if divided is None else divided[2])
-        coming = None
+        saved_s, coming = 0.0 if divided is None else divided[2], None
+        self._trust.saw(promised, saved_s)
+        if plan is not None and self._forecast is not None:
+            self._looks.saw(layer, pays=saved_s > float(news.of("look_us").mean()) / 1e6)
         if divided is None:
             routes = home or route(choice_TK, copies, source_rank=self._rank, device=hidden_TH.device)
             if not news.of("pays").any():
                 coming = Coming(rows_R=tuple(news.rows_RR[:, self._rank].tolist()))
         else:
-            dispatch, pairs_R, gain_s = divided
-            self._saved_s += gain_s
+            dispatch, pairs_R, _ = divided
+            self._saved_s += saved_s
             routes = route_by(choice_TK, dispatch, num_ranks=self._group.num_ranks, device=hidden_TH.device)
             if self._is_alike:
                 most_R = np.minimum(pairs_R, news.of("tokens"))
@@ -237,10 +241,11 @@ class StepBalance:
             self._plan = self._begin(plan, following)
             self._promised_s = promised_s(plan, copy_s_R) if copy_s_R.any() else 0.0
             self._planned_pairs = int(news.predicted_RE.sum())
-            if plan is not None:
-                self._looks.saw(following, pays=plan.pays)
         took_s = perf_counter() - began_s
         self.note.balance_s += took_s
+        self._look_s = (
+            self.note.balance_s if not self._look_s else KEEP * self._look_s + (1.0 - KEEP) * self.note.balance_s
+        )
         self._spent_s += took_s
 
     def rows_came(self) -> None:
@@ -295,7 +300,7 @@ class StepBalance:
 
     def _end_fetch(self, layer: int) -> tuple[StepPlan | None, int]:
         """The plan for this layer, and which of its replicas are here."""
-        self._raise_if_stuck()
+        self.track.check(self._group)
         fetched = self.track.end_fetch()
         if self._forecast is not None:
             self._windows.fetched(fetched)
@@ -306,20 +311,6 @@ class StepBalance:
         self.note.declined = int(not plan.pays)
         self.note.replicas_planned = len(fetched.arrived)
         return plan, plan.arrived_bits(fetched)
-
-    def _raise_if_stuck(self) -> None:
-        if self.track.error is not None:
-            raise self.track.error
-        for rank in sorted(self.track.lost - self._missed):
-            logger.warning("no replicas come from rank %d any more: the link to it has ended", rank)
-            self._missed.add(rank)
-        waits = self.track.waits_since_s
-        if waits is not None and waits[0] > self._group.behind_s:
-            _, source, asked = waits
-            self._group.end_all(
-                f"expert {asked.expert} of MoE layer {asked.layer} does not come from rank {source} to rank {self._rank} "
-                f"within {self._group.behind_s:g} s"
-            )
 
     def _guess(self, following: int, layer: int, own_E: Ints, hidden_TH: torch.Tensor, choice_TK: torch.Tensor) -> Ints:
         pairs = int(own_E.sum())
@@ -348,6 +339,7 @@ class StepBalance:
             window_us=self._windows.window_us((layer + 1) % self._num_layers),
             fetch_kb_s=self._windows.fetch_kb_s,
             copy_us=self._copies.copy_us,
+            look_us=round(1e6 * self._look_s),
             trust_permille=self._trust.permille,
             in_permille=self._permille[0],
             out_permille=self._permille[1],

@@ -26,7 +26,7 @@ class RankNews:
 
     ``window_us``: how long its link was free for the next layer's replicas, the last time; ``fetch_kb_s``: how fast they come,
     0 if it is not known; ``copy_us``: processor time that one of them takes from the rank's experts, in or out;
-    ``trust_permille``: see ``parallel.plan_trust``.
+    ``look_us``: what predicting, planning and dividing take in a layer; ``trust_permille``: see ``parallel.plan_trust``.
     ``in_permille``, ``out_permille``: rows over (token, expert) pairs that travel.
     ``pairs``, ``active``, ``compute_us``: what it computed in the layer before, all 0 for none.
     """
@@ -40,6 +40,7 @@ class RankNews:
     window_us: int = 0
     fetch_kb_s: int = 0
     copy_us: int = 0
+    look_us: int = 0
     trust_permille: int = 1000
     in_permille: int = 1000
     out_permille: int = 1000

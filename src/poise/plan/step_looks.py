@@ -7,15 +7,15 @@ no clock, the same on all ranks, since all come to the same plans.
 from __future__ import annotations
 
 PATIENCE = 4
-"""Plans in a row that declined, until a layer is looked at in every ``EVERY``-th pass only (decision 063)."""
+"""Plans in a row that did not bring what they take, until a layer is looked at in every ``EVERY``-th pass only."""
 EVERY = 4
 
 
 class StepLooks:
-    """Of all layers. ``begin`` before each pass, ``saw`` behind each plan."""
+    """Of all layers. ``begin`` before each pass, ``saw`` behind each layer that was planned."""
 
     def __init__(self, num_layers: int) -> None:
-        self._declined_L = [0] * num_layers
+        self._idle_L = [0] * num_layers
         self._passes = self._tokens = 0
 
     def begin(self, tokens: int) -> None:
@@ -27,13 +27,13 @@ class StepLooks:
 
     def forget(self, layer: int | None = None) -> None:
         """What was seen of a layer, or of all."""
-        for each in range(len(self._declined_L)) if layer is None else (layer,):
-            self._declined_L[each] = 0
+        for each in range(len(self._idle_L)) if layer is None else (layer,):
+            self._idle_L[each] = 0
 
     def looks_at(self, layer: int) -> bool:
         """Whether the layer's tokens are to be predicted, and replicas planned, in the pass at hand."""
-        return self._declined_L[layer] < PATIENCE or self._passes % EVERY == 0
+        return self._idle_L[layer] < PATIENCE or self._passes % EVERY == 0
 
     def saw(self, layer: int, *, pays: bool) -> None:
-        """A plan."""
-        self._declined_L[layer] = 0 if pays else self._declined_L[layer] + 1
+        """Behind a layer that was planned: whether true tokens are done sooner by more than that takes."""
+        self._idle_L[layer] = 0 if pays else self._idle_L[layer] + 1
