@@ -120,8 +120,8 @@ class ReplicaTrack:
         return (perf_counter_ns() - since_ns) / 1e9, source, message
 
     def check(self, group: RankGroup) -> None:
-        """Says once which ranks send no more. Raises what has broken the thread; RankLostError, on all ranks, where a chunk does not
-        come for as long as a rank may keep the others waiting."""
+        """Says once which ranks send no more. Raises what has broken the thread; RankLostError, on all ranks, where a chunk
+        does not come for as long as a rank may keep the others waiting."""
         if self.error is not None:
             raise self.error
         for rank in sorted(self.lost - self._missed):
