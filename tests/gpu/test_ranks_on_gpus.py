@@ -102,7 +102,8 @@ def test_replicas_come_to_gpus_while_tokens_are_generated(
     records_R = [result["records"] for result in results]
     assert sum(record.note.replicas_used for records in records_R for record in records) > 0, "no replica came"
     for layer in zip(*records_R, strict=True):
-        assert sum(record.routed_tokens for record in layer) == sum(record.note.own_pairs for record in layer)
+        routed = sum(record.routed_tokens for record in layer)
+        assert sum(record.note.own_pairs for record in layer) in (0, routed), "all, or nobody was asked"
     if policy is not None:
         assert results[0]["moved"] > 0
 
