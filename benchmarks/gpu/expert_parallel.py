@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.expert_curves import expert_curves
+from benchmarks.gpu.grouped_experts import grouped_experts
 from benchmarks.gpu.hiding import hiding, pcie_bytes_per_s
 from benchmarks.gpu.step_costs import lookahead_costs, round_trip
 from benchmarks.gpu.transport import transport
@@ -43,6 +44,7 @@ def main() -> None:
         "transport": transport,
         "round_trip": round_trip,
         "lookahead": lookahead_costs,
+        "grouped_experts": grouped_experts,
         "expert_curves": lambda: expert_curves(asked.cap_s),
     }
     if unknown := set(asked.part or ()) - set(parts):

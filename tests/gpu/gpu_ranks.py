@@ -24,9 +24,15 @@ Logits = dict[tuple[int, ...], torch.Tensor]
 
 
 def generate(
-    launch: Launch, path: Path, prompts: list[list[int]], options: dict[str, Any], slow_ranks: Sequence[int] = ()
+    launch: Launch,
+    path: Path,
+    prompts: list[list[int]],
+    options: dict[str, Any],
+    slow_ranks: Sequence[int] = (),
+    slow_rows: int = 8,
 ) -> dict[str, Any]:
-    """``options``: of ``ParallelLLM``, and ``tokens``. On ``slow_ranks`` each expert takes as long as 3 ms a token."""
+    """``options``: of ``ParallelLLM``, and ``tokens``. On ``slow_ranks`` each product takes as long as 3 ms a row, for at most
+    ``slow_rows``."""
     tokens, records, logits = options.pop("tokens"), list[LayerRecord](), Logits()
     with ParallelLLM(path, launch, memory="2GiB", patience=PATIENT, device="cuda", groups=[(1, 2)], **options) as llm:
         runner = llm.runner
@@ -34,7 +40,7 @@ def generate(
         assert not computes_in_tf32(), "sums would be of other numbers"
         _keep_logits(runner.model, logits, {tuple(prompt) for prompt in prompts})
         if launch.rank in slow_ranks:
-            _slow_down(runner.model)
+            _slow_down(runner.model, slow_rows)
         take = runner.layers.on_record
         assert take is not None
         runner.layers.on_record = lambda record: (records.append(record), take(record))[1]
@@ -73,12 +79,17 @@ def greedy(model: Any, prompt: Sequence[int], tokens: int) -> list[int]:
 
 def largest_error(model: Any, logits: Logits) -> float:
     """Relative to the largest logit."""
-    errors = []
+    return max(errors(model, logits))
+
+
+def errors(model: Any, logits: Logits) -> list[float]:
+    """Of each prompt, relative to its largest logit."""
+    found = []
     for prompt, own_V in logits.items():
         with torch.inference_mode():
-            wanted_V = model(torch.tensor([prompt], device="cuda"), use_cache=False).logits[0, -1].cpu()
-        errors.append(float((own_V - wanted_V).abs().max() / wanted_V.abs().max()))
-    return max(errors)
+            wanted_V = model(torch.tensor([prompt], device="cuda"), use_cache=False).logits[0, -1].float().cpu()
+        found.append(float((own_V - wanted_V).abs().max() / wanted_V.abs().max()))
+    return found
 
 
 def computes_in_tf32() -> bool:
@@ -101,9 +112,9 @@ def _keep_logits(model: Any, logits: Logits, prompts: set[tuple[int, ...]]) -> N
     model.register_forward_hook(keep, with_kwargs=True)
 
 
-def _slow_down(model: Any) -> None:
+def _slow_down(model: Any, most_rows: int) -> None:
     def dawdle(_: Any, rows: tuple[torch.Tensor, ...]) -> None:
-        time.sleep(3e-3 * min(8, len(rows[0])))
+        time.sleep(3e-3 * min(most_rows, len(rows[0])))
 
     for module in find_experts(model, model.config.model_type):
         model.get_submodule(module.name).act_fn.register_forward_pre_hook(dawdle)

@@ -87,9 +87,10 @@ def load(launch: Launch, path: Path, placement: Placement) -> Job:
 
 @torch.inference_mode()
 def run_every_layer(
-    launch: Launch, path: Path, placement: Placement
+    launch: Launch, path: Path, placement: Placement, is_grouped: bool = False
 ) -> tuple[list[list[torch.Tensor]], list[LayerRecord], int]:
     job = load(launch, path, placement)
+    job.layers.is_grouped = is_grouped
     job.layers.records = records = []
     with job.group:
         outputs = [job.run(layer) for layer in range(len(LAYERS))]
@@ -158,6 +159,17 @@ def test_biases_transposed_fused_and_half_precision_experts_too(
     results = start_ranks(run_every_layer, 2, tmp_path, path, placement).results()
     outputs = [each for each, _, _ in results]
     assert largest_error(reference(path), outputs, 4, getattr(torch, dtype)) < tolerance
+
+
+def test_experts_computed_all_at_once(checkpoint: MakeCheckpoint, reference: Reference, tmp_path: Path) -> None:
+    """As on GPUs, in slots of which some are empty."""
+    path, placement = checkpoint("qwen3_moe", "bfloat16"), E8["replicas on 4"]
+    results = start_ranks(run_every_layer, 4, tmp_path, path, placement, True).results()
+    assert largest_error(reference(path), [outputs for outputs, _, _ in results], 8, torch.bfloat16) < 2e-2
+    one_by_one = start_ranks(run_every_layer, 4, tmp_path / "one", path, placement).results()
+    for (_, records, _), (_, others, _) in zip(results, one_by_one, strict=True):
+        counts = [[(each.routed_tokens, each.active_experts) for each in row] for row in (records, others)]
+        assert counts[0] == counts[1]
 
 
 def test_a_token_with_two_experts_on_a_rank_travels_once(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

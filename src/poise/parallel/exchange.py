@@ -79,6 +79,11 @@ class TokenExchange:
         self.learning: Learning | None = None
         self._row_bytes = -(-(8 * top_k + hidden * dtype.itemsize) // 8) * 8
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are."""
+        return self._group.device
+
     def nothing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states, choices and weights of no token."""
         device = self._group.device

@@ -21,6 +21,7 @@ from poise.model.moe_layer import joined, real_choices_TK, run_experts
 from poise.model.seam import Parked
 from poise.model.streams import settle
 from poise.parallel.exchange import Received, TokenExchange
+from poise.parallel.grouped_experts import can_group, pays_on, run_grouped
 from poise.parallel.learning import Learning
 from poise.parallel.rank_experts import RankExperts
 from poise.parallel.routes import Copies, Routes, route
@@ -102,6 +103,8 @@ class ExpertParallelLayers:
         """Learns in passes that are balanced."""
         self.copies_L = list(copies_L)
         self._rank = rank
+        self.is_grouped = pays_on(exchange.device)
+        """Whether experts are computed all at once, where their form allows it."""
         self.records: list[LayerRecord] | None = None
         """Of all layers since whoever reads them last began a new list; None where nobody does."""
         self.counts_LE: npt.NDArray[np.int64] | None = None
@@ -254,9 +257,25 @@ class ExpertParallelLayers:
         held = self.experts.layer(layer)
         if self._balance is not None and self._balance.replicas:
             held = {**held, **self._balance.replicas}
-        num_experts: int = module.num_experts  # type: ignore[assignment]
         if not len(received.hidden_MH):
             return Computed(received.hidden_MH, 0, 0, perf_counter() - began_s)
+        if self.is_grouped and can_group(module, received.hidden_MH.dtype, held):
+            made = run_grouped(module, received.hidden_MH, received.experts_MK, received.weights_MK, held)
+            settle(made.partial_MH.device)  # times are of what is computed, not of what is queued
+            compute_s = perf_counter() - began_s
+            if self.timeline is not None:
+                begin_ns = round(began_s * 1e9)
+                detail = {"layer": layer, "experts": made.active, "rows": made.pairs}
+                self.timeline.spans.append(
+                    Span(COMPUTE, "experts", begin_ns, begin_ns + round(compute_s * 1e9), detail)
+                )
+            return Computed(made.partial_MH, made.pairs, made.active, compute_s)
+        return self._compute_in_turn(module, received, held, layer, began_s)
+
+    def _compute_in_turn(
+        self, module: nn.Module, received: Received, held: Mapping[int, Weights], layer: int, began_s: float
+    ) -> Computed:
+        num_experts: int = module.num_experts  # type: ignore[assignment]
         experts_MK, place_MK = received.experts_MK.sort(dim=1)
         counts_E = torch.bincount(experts_MK.flatten(), minlength=num_experts + 1)[:num_experts]
         active = counts_E.nonzero().flatten().tolist()
@@ -268,7 +287,7 @@ class ExpertParallelLayers:
             top_k_weights_TK=received.weights_MK.gather(1, place_MK)[:, :most],
         )
         (partial_MH,) = run_experts(_InTurn(held, active), [entry], [None], layer=layer, timeline=self.timeline)
-        settle(partial_MH.device)  # times are of what is computed, not of what is queued
+        settle(partial_MH.device)
         return Computed(partial_MH, int(counts_E.sum()), len(active), perf_counter() - began_s)
 
 
