@@ -44,7 +44,7 @@ def test_outputs_are_those_of_one_product_after_the_other(slots: int, replicas: 
     [
         (1, {"tokens": 8}),
         (2, {"tokens": 40, "policy": Rotate()}),
-        (2, {"tokens": 16, "balance": "probe", "steps": StepOptions(predictor="last")}),
+        (2, {"tokens": 16, "balance": "probe", "steps": StepOptions(predictor="last", rests=False)}),
     ],
 )
 def test_ranks_compute_their_experts_all_at_once(

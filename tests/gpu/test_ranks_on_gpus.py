@@ -82,10 +82,10 @@ def test_experts_move_between_gpus_while_tokens_are_generated(
 @pytest.mark.parametrize(
     ("ranks", "steps", "policy"),
     [
-        (2, StepOptions(predictor="last"), None),
-        (4, StepOptions(predictor="gate"), None),
-        (4, StepOptions(predictor="none"), None),
-        (4, StepOptions(predictor="last", suspends=False, chunk_bytes=1000), Rotate()),
+        (2, StepOptions(predictor="last", rests=False), None),
+        (4, StepOptions(predictor="gate", rests=False), None),
+        (4, StepOptions(predictor="none", rests=False), None),
+        (4, StepOptions(predictor="last", suspends=False, chunk_bytes=1000, rests=False), Rotate()),
     ],
 )
 def test_replicas_come_to_gpus_while_tokens_are_generated(
