@@ -10,7 +10,7 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from poise.model.layout import Weights
-from poise.parallel.grouped_experts import Grouped, run_grouped
+from poise.parallel.grouped_experts import Grouped, Groups, run_grouped
 
 EXPERTS, HIDDEN, INNER = 9, 64, 32
 SLOT_ELEMENTS = 3 * HIDDEN * INNER + 32
@@ -35,7 +35,8 @@ class Layer:
     weights_MK: torch.Tensor
 
     def run(self) -> Grouped:
-        return run_grouped(self.module, self.rows_MH, self.experts_MK, self.weights_MK, self.held)
+        groups = Groups.of(self.module, self.held, self.rows_MH.device)
+        return run_grouped(self.module, self.rows_MH, self.experts_MK, self.weights_MK, groups)
 
     def one_by_one(self) -> tuple[torch.Tensor, torch.Tensor]:
         """In fp32, and the sum of the magnitudes of all that is added up, for tolerances."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.parallel import grouped_experts
-from poise.parallel.grouped_experts import can_group, run_grouped, stacks_of
+from poise.parallel.grouped_experts import Groups, can_group, run_grouped, stacks_of
 from tests.grouped_cases import EXPERTS, HIDDEN, INNER, SLOT_ELEMENTS, Layer, experts_module, in_slot, layer_of
 
 
@@ -76,6 +76,18 @@ def test_what_a_grouped_product_cannot_take_is_left_to_others() -> None:
 
 def test_tokens_for_an_expert_that_is_not_here_are_refused() -> None:
     held = {3: in_slot(torch.zeros(1, SLOT_ELEMENTS).bfloat16(), 0)}
-    rows_MH = torch.zeros(1, HIDDEN).bfloat16()
+    rows_MH, module = torch.zeros(1, HIDDEN).bfloat16(), experts_module()
+    groups = Groups.of(module, held, rows_MH.device)
     with pytest.raises(AssertionError, match=r"not here, which has \[3\]"):
-        run_grouped(experts_module(), rows_MH, torch.tensor([[3, 5]]), torch.ones(1, 2), held)
+        run_grouped(module, rows_MH, torch.tensor([[3, 5]]), torch.ones(1, 2), groups)
+
+
+def test_groups_are_of_the_same_experts_in_the_same_places_only() -> None:
+    slots = torch.zeros(4, SLOT_ELEMENTS).bfloat16()
+    held = {expert: in_slot(slots, expert) for expert in range(3)}
+    groups = Groups.of(experts_module(), held, slots.device)
+    assert groups.are_of(dict(held))
+    for other in ({0: held[0], 1: held[1]}, {**held, 3: in_slot(slots, 3)}, {**held, 2: in_slot(slots, 3)}):
+        assert not groups.are_of(other)
+    del held[2]
+    assert not groups.are_of(held), "an expert has left"

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -27,6 +29,8 @@ MOST_GROUPS = 1000
 """Of one product: torch takes fewer than 1024."""
 ALIGNED_BYTES = 16
 """Rows of matrices begin on multiples of it."""
+Ends = npt.NDArray[np.int32]
+"""On the host, of each group: behind its last pair; last, behind those that others compute."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -42,6 +46,33 @@ class Stack:
     def end(self) -> int:
         """Behind the last group."""
         return self.first + len(self.up_GNH)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Groups:
+    """Where the experts ``held`` lie, and ``group_of`` each, also as tables on the rows' device: ``boundary_G1`` (0 to G), and
+    ``group_E1`` (G for "not yours", which is E; one more for experts that are not here)."""
+
+    held: Mapping[int, Weights]
+    stacks: Sequence[Stack]
+    group_of: Mapping[int, int]
+    boundary_G1: torch.Tensor
+    group_E1: torch.Tensor
+
+    @classmethod
+    def of(cls, module: Any, held: Mapping[int, Weights], device: torch.device) -> Groups:
+        """``can_group`` holds for them."""
+        stacks, group_of = stacks_of(held, "gate_up_proj" if module.has_gate else "up_proj")
+        groups = stacks[-1].end
+        rows = [*range(groups + 1), *(group_of.get(expert, groups + 1) for expert in range(module.num_experts)), groups]
+        boundary_G1, group_E1 = (
+            torch.tensor(rows, dtype=torch.int16).to(device).split([groups + 1, len(rows) - groups - 1])
+        )
+        return cls(held=dict(held), stacks=stacks, group_of=group_of, boundary_G1=boundary_G1, group_E1=group_E1)
+
+    def are_of(self, held: Mapping[int, Weights]) -> bool:
+        """Whether nothing has moved: the same experts in the same places."""
+        return len(held) == len(self.held) and all(self.held.get(expert) is each for expert, each in held.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -71,38 +102,36 @@ def can_group(module: Any, dtype: torch.dtype, held: Mapping[int, Weights]) -> b
 
 
 def run_grouped(
-    module: Any, rows_MH: torch.Tensor, experts_MK: torch.Tensor, weights_MK: torch.Tensor, held: Mapping[int, Weights]
+    module: Any, rows_MH: torch.Tensor, experts_MK: torch.Tensor, weights_MK: torch.Tensor, groups: Groups
 ) -> Grouped:
-    """The experts ``held`` over rows whose choices are ``experts_MK`` (``num_experts`` for those that others compute).
+    """A rank's experts over rows whose choices are ``experts_MK`` (``num_experts`` for those that others compute).
 
-    ``can_group`` holds for them. A routing weight multiplies what its expert's last matrix is given, not what that makes.
+    A routing weight multiplies what its expert's last matrix is given, not what that makes.
     """
-    stacks, group_of = stacks_of(held, "gate_up_proj" if module.has_gate else "up_proj")
-    groups = stacks[-1].end
-    boundary_G, group_E = _tables(groups, group_of, module.num_experts, rows_MH.device)
-    group_P, pair_P = group_E[experts_MK.reshape(-1)].sort()
-    end_G = torch.searchsorted(group_P, boundary_G, right=True, out_int32=True)
-    ends = end_G.tolist()
-    assert ends[groups] == len(pair_P), f"tokens came for experts that are not here, which has {sorted(held)}"
-    pairs: int = ends[groups - 1]
-    taken_P = pair_P[: pairs + 1]  # where any pair is not for here, one row more, which stands for those
-    top_k = experts_MK.shape[1]
+    top_k, count = experts_MK.shape[1], len(groups.boundary_G1) - 1
+    group_P, pair_P = groups.group_E1[experts_MK.reshape(-1)].sort()
+    end_G1 = torch.searchsorted(group_P, groups.boundary_G1, right=True, out_int32=True)
+    # Queued ahead of where the host waits for counts, though they take more than pairs for here.
+    place_P = torch.empty_like(pair_P).scatter_(0, pair_P, torch.arange(len(pair_P), device=pair_P.device))
+    row_P = pair_P // top_k
+    host_end_G1: Ends = end_G1.numpy(force=True)
+    assert host_end_G1[count] == len(pair_P), (
+        f"tokens came for experts that are not here, which has {sorted(groups.held)}"
+    )
+    pairs = int(host_end_G1[count - 1])
+    taken = min(pairs + 1, len(pair_P))  # where any pair is not for here, one row more, which stands for those
     out_PH = _outputs(
         module,
-        rows_MH.index_select(0, taken_P // top_k),
-        weights_MK.reshape(-1).index_select(0, taken_P),
-        list(_parts(stacks, end_G, ends, len(taken_P))),
+        rows_MH.index_select(0, row_P[:taken]),
+        weights_MK.reshape(-1).index_select(0, pair_P[:taken]),
+        list(_parts(groups.stacks, end_G1, host_end_G1, taken)),
     )
-    place_P = torch.empty_like(pair_P).scatter_(0, pair_P, torch.arange(len(pair_P), device=pair_P.device))
     partial_MH = nn.functional.embedding_bag(
-        place_P.clamp_(max=pairs).view(-1, top_k),
-        out_PH,
-        mode="sum",
-        padding_idx=pairs if pairs < len(taken_P) else None,
+        place_P.clamp_(max=pairs).view(-1, top_k), out_PH, mode="sum", padding_idx=pairs if pairs < taken else None
     )
-    begins = [0, *ends[: groups - 1]]
-    active = sum(end > begin for begin, end in zip(begins, ends[:groups], strict=True))
-    return Grouped(partial_MH=partial_MH, pairs=pairs, active=active)
+    return Grouped(
+        partial_MH=partial_MH, pairs=pairs, active=int(np.count_nonzero(np.diff(host_end_G1[:count], prepend=0)))
+    )
 
 
 def stacks_of(held: Mapping[int, Weights], up_name: str) -> tuple[list[Stack], dict[int, int]]:
@@ -172,28 +201,18 @@ def _outputs(
 
 
 def _parts(
-    stacks: Sequence[Stack], end_G: torch.Tensor, ends: Sequence[int], rows: int
+    stacks: Sequence[Stack], end_G1: torch.Tensor, host_end_G1: Ends, rows: int
 ) -> Iterator[tuple[Stack, torch.Tensor, slice]]:
     """Of each stack that has pairs: where its groups end, counted from its own first pair, and which pairs are its own."""
-    last = max((stack.first for stack in stacks if ends[stack.end - 1] > _begin(stack, ends)), default=None)
-    for stack in stacks:
-        begin, end = _begin(stack, ends), ends[stack.end - 1]
-        if end > begin:
-            own_G = end_G[stack.first : stack.end]
-            yield stack, own_G - begin if begin else own_G, slice(begin, rows if stack.first == last else end)
+    bounds = [(_begin(stack, host_end_G1), int(host_end_G1[stack.end - 1])) for stack in stacks]
+    used = [(stack, begin, end) for stack, (begin, end) in zip(stacks, bounds, strict=True) if end > begin]
+    for stack, begin, end in used:
+        own_G = end_G1[stack.first : stack.end]
+        yield stack, own_G - begin if begin else own_G, slice(begin, rows if stack is used[-1][0] else end)
 
 
-def _begin(stack: Stack, ends: Sequence[int]) -> int:
-    return ends[stack.first - 1] if stack.first else 0
-
-
-def _tables(
-    groups: int, group_of: Mapping[int, int], num_experts: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """0 to ``groups``; and each expert's group: ``groups`` for "not yours", one more for experts that are not here."""
-    rows = [*range(groups + 1), *(group_of.get(expert, groups + 1) for expert in range(num_experts)), groups]
-    both = torch.tensor(rows, dtype=torch.int16).to(device, non_blocking=True)
-    return both[: groups + 1], both[groups + 1 :]
+def _begin(stack: Stack, host_end_G1: Ends) -> int:
+    return int(host_end_G1[stack.first - 1]) if stack.first else 0
 
 
 def _place(weights: Weights, up_name: str) -> tuple[tuple[int, int], int]:

@@ -21,7 +21,7 @@ from poise.model.moe_layer import joined, real_choices_TK, run_experts
 from poise.model.seam import Parked
 from poise.model.streams import settle
 from poise.parallel.exchange import Received, TokenExchange
-from poise.parallel.grouped_experts import can_group, pays_on, run_grouped
+from poise.parallel.grouped_experts import Groups, can_group, pays_on, run_grouped
 from poise.parallel.learning import Learning
 from poise.parallel.rank_experts import RankExperts
 from poise.parallel.routes import Copies, Routes, route
@@ -105,6 +105,8 @@ class ExpertParallelLayers:
         self._rank = rank
         self.is_grouped = pays_on(exchange.device)
         """Whether experts are computed all at once, where their form allows it."""
+        self._groups = dict[int, Groups]()
+        """Where a layer's experts were last."""
         self.records: list[LayerRecord] | None = None
         """Of all layers since whoever reads them last began a new list; None where nobody does."""
         self.counts_LE: npt.NDArray[np.int64] | None = None
@@ -260,7 +262,10 @@ class ExpertParallelLayers:
         if not len(received.hidden_MH):
             return Computed(received.hidden_MH, 0, 0, perf_counter() - began_s)
         if self.is_grouped and can_group(module, received.hidden_MH.dtype, held):
-            made = run_grouped(module, received.hidden_MH, received.experts_MK, received.weights_MK, held)
+            groups = self._groups.get(layer)
+            if groups is None or not groups.are_of(held):
+                groups = self._groups[layer] = Groups.of(module, held, received.hidden_MH.device)
+            made = run_grouped(module, received.hidden_MH, received.experts_MK, received.weights_MK, groups)
             settle(made.partial_MH.device)  # times are of what is computed, not of what is queued
             compute_s = perf_counter() - began_s
             if self.timeline is not None:
