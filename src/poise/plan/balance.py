@@ -135,25 +135,28 @@ class Balancer:
         if min(links_R.min(), token_bytes, expert_bytes) <= 0:
             raise PlacementError("rates of links and bytes of tokens and experts must be above 0")
         most_active = len(slots_S) // ranks + replica_slots
-        self._group = Group(
-            slot_to_expert_S=slots_S,
-            table=table or cost_table(costs, max_tokens=most_tokens, max_active=most_active),
-            token_s_R=2.0 * token_bytes / links_R,
-            expert_s_R=expert_bytes / links_R,
-            replica_slots=replica_slots,
-            most_work=most_work,
-            least_tokens=float(least_tokens),
-            least_active=float(least_active),
+        self._table = table or cost_table(costs, max_tokens=most_tokens, max_active=most_active)
+        self._group = (
+            slots_S,
+            self._table.seconds_BAN,
+            self._table.curve_R,
+            np.stack([self._table.slowness_R, 2.0 * token_bytes / links_R, expert_bytes / links_R]),
+            self._table.first_octave,
+            self._table.per_active,
+            replica_slots,
+            most_work,
+            float(least_tokens),
+            float(least_active),
         )
         self._shape = (ranks, num_experts)
-        self._strategy = strategy
+        self._is_greedy = strategy == "greedy"
         self._all_R, self._none_R = np.ones(ranks), np.zeros(ranks)
         self.planned = self.declined = 0
 
     @property
     def table(self) -> CostTable:
         """The cost table."""
-        return self._group.table
+        return self._table
 
     def choose_replicas(
         self,
@@ -173,12 +176,12 @@ class Balancer:
         plan = _planned(
             _balance(
                 self._checked(counts_RE),
-                self._group,
+                *self._group,
                 self._all_R if in_frac_R is None else in_frac_R,
                 self._all_R if out_frac_R is None else out_frac_R,
                 window_s_R,
                 self._none_R if copy_s_R is None else copy_s_R,
-                self._strategy == "greedy",
+                self._is_greedy,
             )
         )
         self.planned += 1
@@ -197,7 +200,7 @@ class Balancer:
         return _planned(
             _divide(
                 self._checked(counts_RE),
-                self._group,
+                *self._group,
                 self._all_R if in_frac_R is None else in_frac_R,
                 self._all_R if out_frac_R is None else out_frac_R,
                 np.ascontiguousarray(replica_N3, dtype=np.int64),
@@ -226,47 +229,77 @@ def _planned(figures: _Figures) -> BalancePlan:
 @compiled
 def _balance(
     counts_RE: Counts,
-    group: Group,
+    slot_to_expert_S: Ints,
+    seconds_BAN: Floats,
+    curve_R: Ints,
+    rates_3R: Floats,
+    first_octave: int,
+    per_active: float,
+    replica_slots: int,
+    most_work: int,
+    least_tokens: float,
+    least_active: float,
     in_frac_R: Floats,
     out_frac_R: Floats,
     window_s_R: Floats,
     copy_s_R: Floats,
     is_greedy: bool,
 ) -> _Figures:
-    """All of it in one call, as each costs microseconds."""
-    step, unbalanced_s = _at_home(counts_RE, group, in_frac_R, out_frac_R, window_s_R, copy_s_R)
-    most_s = (1.0 - WORTH_FRAC) * curves_s_R(step, group.table).max()
+    """All of it in one call, as each costs microseconds; of plain arrays and numbers, as named tuples cost two more."""
+    table = CostTable(seconds_BAN, first_octave, per_active, curve_R, rates_3R[0])
+    group = Group(
+        slot_to_expert_S, table, rates_3R[1], rates_3R[2], replica_slots, most_work, least_tokens, least_active
+    )
+    step, unbalanced_s, home_s = _at_home(counts_RE, group, in_frac_R, out_frac_R, window_s_R, copy_s_R)
     if is_greedy:
         choose_greedily(step, group, counts_RE, WORTH_FRAC * unbalanced_s)
     else:
         choose(step, group, counts_RE)
-    seconds_R, replica_N3 = curves_s_R(step, group.table), replicas_of(step, group)
-    pays = len(replica_N3) > 0 and seconds_R.max() <= most_s
+    seconds_R, replica_N3 = curves_s_R(step, table), replicas_of(step, group)
+    pays = len(replica_N3) > 0 and seconds_R.max() <= (1.0 - WORTH_FRAC) * home_s
     if not pays:
-        step, _ = _at_home(counts_RE, group, in_frac_R, out_frac_R, window_s_R, copy_s_R)
-        seconds_R, replica_N3 = curves_s_R(step, group.table), replica_N3[:0]
+        step, _, _ = _at_home(counts_RE, group, in_frac_R, out_frac_R, window_s_R, copy_s_R)
+        seconds_R, replica_N3 = curves_s_R(step, table), replica_N3[:0]
     begin_E1, rank_N, tokens_N = whole_tokens(step)
     return replica_N3, begin_E1, rank_N, tokens_N, seconds_R, unbalanced_s, pays
 
 
 @compiled
-def _divide(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floats, replica_N3: Ints) -> _Figures:
-    none_R = np.zeros(len(group.token_s_R))  # windows are over, and what copies took is spent
-    step, unbalanced_s = _at_home(counts_RE, group, in_frac_R, out_frac_R, none_R, none_R)
-    home_s = curves_s_R(step, group.table).max()
-    taken_R = np.zeros(len(group.token_s_R), dtype=np.int64)
+def _divide(
+    counts_RE: Counts,
+    slot_to_expert_S: Ints,
+    seconds_BAN: Floats,
+    curve_R: Ints,
+    rates_3R: Floats,
+    first_octave: int,
+    per_active: float,
+    replica_slots: int,
+    most_work: int,
+    least_tokens: float,
+    least_active: float,
+    in_frac_R: Floats,
+    out_frac_R: Floats,
+    replica_N3: Ints,
+) -> _Figures:
+    table = CostTable(seconds_BAN, first_octave, per_active, curve_R, rates_3R[0])
+    group = Group(
+        slot_to_expert_S, table, rates_3R[1], rates_3R[2], replica_slots, most_work, least_tokens, least_active
+    )
+    none_R = np.zeros(len(curve_R))  # windows are over, and what copies took is spent
+    step, unbalanced_s, home_s = _at_home(counts_RE, group, in_frac_R, out_frac_R, none_R, none_R)
+    taken_R = np.zeros(len(curve_R), dtype=np.int64)
     for place in range(len(replica_N3)):
         expert, source, target = replica_N3[place, 0], replica_N3[place, 1], replica_N3[place, 2]
         if holds(step, expert, target):
             continue
         taken_R[target] += 1
-        assert taken_R[target] <= group.replica_slots, "more replicas on a rank than it has slots"
+        assert taken_R[target] <= replica_slots, "more replicas on a rank than it has slots"
         take_born(step, add_replica(step, group, counts_RE, expert, source, target))
     spread(step)
-    seconds_R = curves_s_R(step, group.table)
+    seconds_R = curves_s_R(step, table)
     if seconds_R.max() > home_s:
-        step, _ = _at_home(counts_RE, group, in_frac_R, out_frac_R, none_R, none_R)
-        seconds_R = curves_s_R(step, group.table)
+        step, _, _ = _at_home(counts_RE, group, in_frac_R, out_frac_R, none_R, none_R)
+        seconds_R = curves_s_R(step, table)
     begin_E1, rank_N, tokens_N = whole_tokens(step)
     return replica_N3[:0], begin_E1, rank_N, tokens_N, seconds_R, unbalanced_s, True
 
@@ -274,14 +307,16 @@ def _divide(counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floa
 @compiled
 def _at_home(
     counts_RE: Counts, group: Group, in_frac_R: Floats, out_frac_R: Floats, window_s_R: Floats, copy_s_R: Floats
-) -> tuple[Step, float]:
-    """Tokens spread over the copies at home; and the slowest rank's time with an even share for each."""
+) -> tuple[Step, float, float]:
+    """Tokens spread over the copies at home; the slowest rank's time with an even share for each, and so."""
     step = home_step(counts_RE, group, in_frac_R, out_frac_R, window_s_R, copy_s_R)
-    unbalanced_s = curves_s_R(step, group.table).max()
+    home_s = unbalanced_s = curves_s_R(step, group.table).max()
     touch_curves(step, group)
     if len(group.slot_to_expert_S) > len(step.expert_E):
         spread(step)
-        if curves_s_R(step, group.table).max() > unbalanced_s:
+        home_s = curves_s_R(step, group.table).max()
+        if home_s > unbalanced_s:
+            home_s = unbalanced_s
             step = home_step(counts_RE, group, in_frac_R, out_frac_R, window_s_R, copy_s_R)
             touch_curves(step, group)
-    return step, unbalanced_s
+    return step, unbalanced_s, home_s

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from poise.plan.balance_state import NONE, Counts, Step
-from poise.plan.compiled import compiled
+from poise.plan.compiled import borrowing, compiled
 from poise.plan.expert_loads import Ints
 
 
@@ -85,8 +85,11 @@ def whole_tokens(step: Step) -> tuple[Ints, Ints, Ints]:
     tokens_N = np.empty(len(step.copy_C), dtype=np.int64)
     count = 0
     for expert in range(num_experts):
-        begin, next_copy = count, step.expert_E[expert]["first"]
-        below, given = 0.0, 0
+        its = step.expert_E[expert]
+        begin, next_copy, below, given = count, its["first"], 0.0, 0
+        if its["copies"] == 1:
+            rank_N[count], tokens_N[count] = step.copy_C[next_copy]["rank"], int(its["total"])
+            count, next_copy = count + 1, NONE
         while next_copy != NONE:
             copy = step.copy_C[next_copy]
             below += copy["quota"]
@@ -152,7 +155,7 @@ def _tokens_to(begin_E1: Ints, rank_N: Ints, tokens_N: Ints, counts_RE: Counts, 
     return tokens_R
 
 
-@compiled
+@borrowing
 def _left_over(
     begin: int, end: int, rank_N: Ints, tokens_N: Ints, counts_RE: Counts, source: int, expert: int
 ) -> tuple[int, int, int]:
@@ -169,6 +172,6 @@ def _left_over(
     return kept, before, before + counts_RE[source, expert] - kept
 
 
-@compiled
+@borrowing
 def _scaled(until: int, own: int, counted: int) -> int:
     return int(until * own / counted + 0.5) if counted > 0 else own

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from poise.plan.balance_state import NONE, Counts, Group, Step, add_replica, holds, latest, set_quota
-from poise.plan.compiled import compiled
+from poise.plan.compiled import borrowing, compiled
 
 MOST_ROUNDS = 16
 """k_max of the paper."""
@@ -45,7 +45,7 @@ def choose_greedily(step: Step, group: Group, counts_RE: Counts, least_gain_s: f
             return
 
 
-@compiled
+@borrowing
 def _fastest(step: Step, tried_RR: npt.NDArray[np.bool_], source: int) -> int:
     best, least_s = NONE, step.rank_R[source]["seconds"]
     for rank in range(len(step.rank_R)):
@@ -54,7 +54,7 @@ def _fastest(step: Step, tried_RR: npt.NDArray[np.bool_], source: int) -> int:
     return best
 
 
-@compiled
+@borrowing
 def _heaviest_without_copy(step: Step, group: Group, source: int, target: int) -> int:
     per_rank = len(group.slot_to_expert_S) // len(step.rank_R)
     best, most = NONE, 0.0
@@ -65,7 +65,7 @@ def _heaviest_without_copy(step: Step, group: Group, source: int, target: int) -
     return best
 
 
-@compiled
+@borrowing
 def _water_filling(step: Step, place: int, born: float, average: float) -> float:
     """Tokens that move: those ``born`` on the target, and those born at ranks without a copy until the source is at the
     average."""

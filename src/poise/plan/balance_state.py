@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from poise.plan.compiled import compiled
+from poise.plan.compiled import borrowing, compiled
 from poise.plan.expert_loads import Floats, Ints
 from poise.plan.layer_state import CostTable, rank_s
 
@@ -32,28 +32,33 @@ COPY = np.dtype(
         ("shut", np.int64),
         ("born", np.float64),
         ("quota", np.float64),
-        ("born_s", np.float64),
-        ("free_in", np.float64),
-        ("free_out", np.float64),
-        ("share", np.float64),
     ]
 )
 """``expert``: NONE where a slot is free. ``next``: copy of the same expert. ``source``: the rank a replica comes from, NONE at
 home. ``shut``: 1 where the copy is to compute nothing. ``born``: the expert's tokens born on the rank, ``quota``: those
-computed. The last four are ``balance_spread``'s."""
+computed."""
 
-EXPERT = np.dtype([("first", np.int64), ("copies", np.int64), ("total", np.float64), ("most", np.float64)])
-"""``first`` copy, at home; how many there are; tokens of all ranks, and the most of one."""
+EXPERT = np.dtype([("first", np.int64), ("copies", np.int64), ("total", np.float64)])
+"""``first`` copy, at home; how many there are; tokens of all ranks."""
+
+LINE = np.dtype(
+    [("copy", np.int64), ("shut", np.int64)]
+    + [(name, np.float64) for name in ("near", "near_rate", "far", "far_rate", "away", "away_rate", "fewest")]
+    + [("share", np.float64), ("least", np.float64)]
+)
+"""A copy while ``balance_spread`` fills its expert."""
 
 RANK = np.dtype(
     [(name, np.float64) for name in ("seconds", "tokens", "active", "in", "out")]
     + [(name, np.float64) for name in ("fixed_s", "active_s", "token_s", "in_s", "out_s", "weight", "least")]
     + [("copy_s", np.float64), ("copies_s", np.float64)]
+    + [(name, np.float64) for name in ("per_token_s", "per_come_s", "per_leave_s", "per_in_s", "per_out_s")]
     + [("slots", np.int64), ("gives", np.int64)]
 )
 """``seconds`` = ``copies_s + fixed_s + active_s * active + token_s * tokens`` and the larger of ``in_s * in`` and
 ``out_s * out``. ``active``: copies with tokens. ``weight``: tokens that make a second, about. ``least``: of a copy's tokens.
-``copy_s``: processor time of one replica that the rank takes in or gives, ``copies_s``: of all of them.
+``copy_s``: processor time of one replica that the rank takes in or gives, ``copies_s``: of all of them. ``per_...``: one over
+``token_s``, over that and ``in_s``, over that less ``out_s`` (0 where that is none), over ``in_s``, over ``out_s``.
 ``slots``, ``gives``: replicas that the rank may still take in and give."""
 
 TOUCH_FRAC = 0.05
@@ -80,19 +85,25 @@ class Group(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Records: ``COPY``, ``EXPERT``, ``RANK``."""
+    """Records: ``COPY``, ``EXPERT``, ``RANK``, ``LINE``."""
 
     copy_C: Records
     expert_E: Records
     rank_R: Records
+    line_R: Records
 
 
 @compiled
 def empty_step(num_copies: int, num_experts: int, num_ranks: int) -> Step:
-    return Step(np.zeros(num_copies, dtype=COPY), np.zeros(num_experts, dtype=EXPERT), np.zeros(num_ranks, dtype=RANK))
+    return Step(
+        np.zeros(num_copies, dtype=COPY),
+        np.zeros(num_experts, dtype=EXPERT),
+        np.zeros(num_ranks, dtype=RANK),
+        np.empty(num_ranks, dtype=LINE),
+    )
 
 
-@compiled
+@borrowing
 def copy_step(step: Step, to: Step) -> None:
     for copy in range(len(step.copy_C)):
         to.copy_C[copy] = step.copy_C[copy]
@@ -115,14 +126,11 @@ def home_step(
     num_slots = len(group.slot_to_expert_S)
     step = empty_step(num_slots + num_ranks * group.replica_slots, num_experts, num_ranks)
     total_E = np.zeros(num_experts, dtype=np.int64)
-    most_E = np.zeros(num_experts, dtype=np.int32)
     for rank in range(num_ranks):
-        born = 0
+        born_E, born = counts_RE[rank], 0
         for expert in range(num_experts):
-            tokens = counts_RE[rank, expert]
-            total_E[expert] += tokens
-            most_E[expert] = max(most_E[expert], tokens)
-            born += tokens
+            total_E[expert] += born_E[expert]
+            born += born_E[expert]
         its = step.rank_R[rank]
         its["out"] = born
         its["gives"] = int(window_s_R[rank] / group.expert_s_R[rank])
@@ -133,37 +141,39 @@ def home_step(
         for place in range(group.replica_slots):
             free = step.copy_C[num_slots + rank * group.replica_slots + place]
             free["expert"], free["rank"], free["next"], free["source"] = NONE, rank, NONE, NONE
-    _make_homes(step, group, counts_RE, total_E, most_E)
+    _make_homes(step, group, counts_RE, total_E)
     return step
 
 
-@compiled
-def _make_homes(step: Step, group: Group, counts_RE: Counts, total_E: Ints, most_E: npt.NDArray[np.int32]) -> None:
-    num_slots = len(group.slot_to_expert_S)
-    per_rank = num_slots // len(step.rank_R)
-    for expert in range(len(total_E)):
+@borrowing
+def _make_homes(step: Step, group: Group, counts_RE: Counts, total_E: Ints) -> None:
+    num_ranks, num_experts = counts_RE.shape
+    per_rank = len(group.slot_to_expert_S) // num_ranks
+    for expert in range(num_experts):
         its = step.expert_E[expert]
-        its["first"], its["total"], its["most"] = NONE, total_E[expert], most_E[expert]
-    for slot in range(num_slots - 1, -1, -1):
-        expert, rank = group.slot_to_expert_S[slot], slot // per_rank
-        home = step.copy_C[slot]
-        home["rank"], home["next"], home["source"] = rank, NONE, NONE
-        if holds(step, expert, rank):
-            home["expert"] = NONE
-            continue
+        its["first"], its["total"] = NONE, total_E[expert]
+    for rank in range(num_ranks - 1, -1, -1):
+        for slot in range((rank + 1) * per_rank - 1, rank * per_rank - 1, -1):
+            expert = group.slot_to_expert_S[slot]
+            its, home = step.expert_E[expert], step.copy_C[slot]
+            home["rank"], home["next"], home["source"] = rank, NONE, NONE
+            if its["first"] != NONE and holds(step, expert, rank):
+                home["expert"] = NONE
+                continue
+            home["expert"], home["born"], home["next"] = expert, counts_RE[rank, expert], its["first"]
+            its["first"] = slot
+            its["copies"] += 1
+    for expert in range(num_experts):
         its = step.expert_E[expert]
-        home["expert"], home["born"], home["next"] = expert, counts_RE[rank, expert], its["first"]
-        its["first"] = slot
-        its["copies"] += 1
-    for expert in range(len(total_E)):
-        its = step.expert_E[expert]
-        each, more, slot = total_E[expert] // its["copies"], total_E[expert] % its["copies"], its["first"]
+        slot, each, more = its["first"], total_E[expert], 0
+        if its["copies"] > 1:
+            each, more = total_E[expert] // its["copies"], total_E[expert] % its["copies"]
         while slot != NONE:
             _put(step, slot, float(each + (1 if more > 0 else 0)))
             more, slot = more - 1, step.copy_C[slot]["next"]
 
 
-@compiled
+@borrowing
 def holds(step: Step, expert: int, rank: int) -> bool:
     copy = step.expert_E[expert]["first"]
     while copy != NONE:
@@ -173,14 +183,14 @@ def holds(step: Step, expert: int, rank: int) -> bool:
     return False
 
 
-@compiled
+@borrowing
 def set_quota(step: Step, copy: int, tokens: float) -> None:
     _put(step, copy, tokens)
     its = step.rank_R[step.copy_C[copy]["rank"]]
     its["seconds"] = finish_s(its)
 
 
-@compiled
+@borrowing
 def _put(step: Step, copy: int, tokens: float) -> None:
     one = step.copy_C[copy]
     its, quota, born = step.rank_R[one["rank"]], one["quota"], one["born"]
@@ -191,7 +201,7 @@ def _put(step: Step, copy: int, tokens: float) -> None:
     one["quota"] = tokens
 
 
-@compiled
+@borrowing
 def finish_s(its: Any) -> float:
     """When a rank (its record) has received, computed and returned, and moved its replicas."""
     seconds = its["copies_s"] + max(its["in_s"] * its["in"], its["out_s"] * its["out"])
@@ -211,7 +221,7 @@ def curves_s_R(step: Step, table: CostTable) -> Floats:
     return seconds_R
 
 
-@compiled
+@borrowing
 def touch_curves(step: Step, group: Group) -> None:
     """Makes times linear around where ranks would be with tokens by their speed."""
     table = group.table
@@ -231,10 +241,18 @@ def touch_curves(step: Step, group: Group) -> None:
         its["fixed_s"] = middle_s - its["token_s"] * tokens - its["active_s"] * active
         its["least"] = max(1.0, group.least_tokens, group.least_active * its["active_s"] / its["token_s"])
         its["weight"] = 1.0 / (its["token_s"] + 0.5 * its["in_s"])
+        _set_rates(its)
         its["seconds"] = finish_s(its)
 
 
-@compiled
+@borrowing
+def _set_rates(its: Any) -> None:
+    its["per_token_s"], its["per_come_s"] = 1.0 / its["token_s"], 1.0 / (its["token_s"] + its["in_s"])
+    its["per_leave_s"] = 1.0 / (its["token_s"] - its["out_s"]) if its["token_s"] > its["out_s"] else 0.0
+    its["per_in_s"], its["per_out_s"] = 1.0 / its["in_s"], 1.0 / its["out_s"]
+
+
+@borrowing
 def add_replica(step: Step, group: Group, counts_RE: Counts, expert: int, source: int, rank: int) -> int:
     """An empty copy, in a free slot of ``rank``."""
     copy = len(group.slot_to_expert_S) + rank * group.replica_slots
@@ -253,13 +271,13 @@ def add_replica(step: Step, group: Group, counts_RE: Counts, expert: int, source
     return copy
 
 
-@compiled
+@borrowing
 def _count_copy(its: Any, sign: float) -> None:
     its["copies_s"] += sign * its["copy_s"]
     its["seconds"] += sign * its["copy_s"]
 
 
-@compiled
+@borrowing
 def drop_replica(step: Step, copy: int) -> None:
     """Frees a slot; its tokens go to the expert's first copy."""
     old = step.copy_C[copy]
@@ -280,7 +298,7 @@ def drop_replica(step: Step, copy: int) -> None:
     old["expert"] = NONE
 
 
-@compiled
+@borrowing
 def latest(step: Step) -> int:
     """The rank that finishes last."""
     late = 0
@@ -290,12 +308,12 @@ def latest(step: Step) -> int:
     return late
 
 
-@compiled
+@borrowing
 def slowest_s(step: Step) -> float:
     return float(step.rank_R[latest(step)]["seconds"])
 
 
-@compiled
+@borrowing
 def level_s(step: Step) -> float:
     """When all ranks would finish, could tokens go from any to any."""
     seconds = weights = 0.0

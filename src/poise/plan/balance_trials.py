@@ -25,13 +25,13 @@ from poise.plan.balance_state import (
     set_quota,
     slowest_s,
 )
-from poise.plan.compiled import compiled
+from poise.plan.compiled import borrowing, compiled
 
 SMALL = 512
 """Pairs of a copy and an expert, up to which all are tried."""
 
 
-@compiled
+@borrowing
 def is_small(step: Step) -> bool:
     return len(step.copy_C) * len(step.expert_E) <= SMALL
 
@@ -43,7 +43,15 @@ def try_relief(step: Step, group: Group, counts_RE: Counts, work: int) -> int:
         return work
     kept = empty_step(len(step.copy_C), len(step.expert_E), len(step.rank_R))
     copy_step(step, kept)
-    tried_ER = np.zeros((len(step.expert_E), len(step.rank_R)), dtype=np.bool_)
+    return _relief_tried(
+        step, group, counts_RE, kept, np.zeros((len(step.expert_E), len(step.rank_R)), dtype=np.bool_), work
+    )
+
+
+@borrowing
+def _relief_tried(
+    step: Step, group: Group, counts_RE: Counts, kept: Step, tried_ER: npt.NDArray[np.bool_], work: int
+) -> int:
     while work < group.most_work:
         before_s, goal_s = slowest_s(step), (1.0 + LATE_FRAC) * level_s(step)
         if before_s <= goal_s:
@@ -64,7 +72,7 @@ def try_relief(step: Step, group: Group, counts_RE: Counts, work: int) -> int:
     return work
 
 
-@compiled
+@borrowing
 def _most_promising(
     step: Step, group: Group, counts_RE: Counts, tried_ER: npt.NDArray[np.bool_], goal_s: float
 ) -> tuple[int, int]:
@@ -96,7 +104,7 @@ def _most_promising(
     return best, taker
 
 
-@compiled
+@borrowing
 def _bring(step: Step, group: Group, counts_RE: Counts, expert: int, rank: int) -> bool:
     """Puts a replica on ``rank``, in place of its smallest one, and of the smallest that the source gives, where need be."""
     begin = len(group.slot_to_expert_S) + rank * group.replica_slots
@@ -116,7 +124,7 @@ def _bring(step: Step, group: Group, counts_RE: Counts, expert: int, rank: int) 
     return True
 
 
-@compiled
+@borrowing
 def _smallest(step: Step, begin: int, end: int, source: int) -> int:
     """The replica with the fewest tokens in some slots, from ``source`` (NONE: any)."""
     best, least = NONE, np.inf
@@ -132,8 +140,13 @@ def try_others(step: Step, group: Group, counts_RE: Counts, work: int) -> int:
     """Replicas added, or put in place of others, where that may bring the level down: by what stays off the links."""
     if group.replica_slots == 0 or work >= group.most_work:
         return work
+    kept = empty_step(len(step.copy_C), len(step.expert_E), len(step.rank_R))
+    return _others_tried(step, group, counts_RE, kept, work)
+
+
+@borrowing
+def _others_tried(step: Step, group: Group, counts_RE: Counts, kept: Step, work: int) -> int:
     num_experts, num_ranks = counts_RE.shape[1], len(step.rank_R)
-    kept = empty_step(len(step.copy_C), num_experts, num_ranks)
     is_kept, improved = False, True
     while improved:
         improved = False
@@ -170,6 +183,11 @@ def try_fewer(step: Step, group: Group, work: int) -> None:
         return
     kept = empty_step(len(step.copy_C), len(step.expert_E), len(step.rank_R))
     copy_step(step, kept)
+    _fewer_tried(step, group, kept, work)
+
+
+@borrowing
+def _fewer_tried(step: Step, group: Group, kept: Step, work: int) -> None:
     least_s = CLOSE_FRAC * slowest_s(step) * len(step.rank_R)
     for place in range(len(step.copy_C)):
         copy = step.copy_C[place]
@@ -193,7 +211,7 @@ def try_fewer(step: Step, group: Group, work: int) -> None:
             copy_step(kept, step)
 
 
-@compiled
+@borrowing
 def source_of(step: Step, expert: int) -> int:
     """The rank that has the expert at home and may still give most."""
     best, most = NONE, 0
@@ -207,7 +225,7 @@ def source_of(step: Step, expert: int) -> int:
     return best
 
 
-@compiled
+@borrowing
 def take_born(step: Step, copy: int) -> None:
     """Tokens born on a new copy's rank, out of those that come to the first copy from elsewhere."""
     new = step.copy_C[copy]
@@ -221,7 +239,7 @@ def take_born(step: Step, copy: int) -> None:
         set_quota(step, copy, tokens)
 
 
-@compiled
+@borrowing
 def _active_copies(step: Step, expert: int) -> int:
     count, place = 0, step.expert_E[expert]["first"]
     while place != NONE:
@@ -230,7 +248,7 @@ def _active_copies(step: Step, expert: int) -> int:
     return count
 
 
-@compiled
+@borrowing
 def _exchange(step: Step, group: Group, counts_RE: Counts, slot: int, expert: int) -> bool:
     """Puts a replica of ``expert`` into ``slot``, whatever is there; False, and nothing done, where none may come."""
     old = step.copy_C[slot]

@@ -24,12 +24,23 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
 
     Where neither can be written, every process compiles anew.
     """
+    return _compiled(function, counts_references=True)
+
+
+def borrowing(function: Callable[P, T]) -> Callable[P, T]:
+    """The same for a function that makes no arrays: it borrows its caller's, so that no references are counted. Each count is
+    an atomic operation, and a compiled function of a dozen arrays has a hundred of them."""
+    return _compiled(function, counts_references=False)
+
+
+def _compiled(function: Callable[P, T], *, counts_references: bool) -> Callable[P, T]:
     # Numba's cache sees changes of a function's own file only, and not of what it calls elsewhere: the name tells them apart.
     function.__qualname__ += f".{_digest_of(Path(inspect.getfile(function)).parent)}"
+    options = {"nogil": True} if counts_references else {"nogil": True, "_nrt": False}
     try:
-        return cast(Callable[P, T], numba.njit(cache=True, nogil=True)(function))
+        return cast(Callable[P, T], numba.njit(cache=True, **options)(function))
     except RuntimeError:  # numba found no place for its cache
-        return cast(Callable[P, T], numba.njit(nogil=True)(function))
+        return cast(Callable[P, T], numba.njit(**options)(function))
 
 
 @functools.cache

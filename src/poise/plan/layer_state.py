@@ -12,11 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from poise.plan.compiled import compiled
+from poise.plan.compiled import borrowing, compiled
 from poise.plan.expert_loads import Floats, Ints
 
 PER_OCTAVE = 32
 """Nodes of a cost table in each octave of tokens."""
+_FRACTION_BITS, _FRACTION, _BIAS, _ONE = 52, (1 << 52) - 1, 1023, 1023 << 52
+"""Of a float of 64 bits: its fraction, what is added to the exponent, and the number 1."""
 
 
 class CostTable(NamedTuple):
@@ -62,14 +64,15 @@ def active_of(tokens: float) -> float:
     return -math.expm1(-tokens)
 
 
-@compiled
+@borrowing
 def rank_s(table: CostTable, rank: int, tokens: float, active: float) -> float:
     """Time of a rank, linear between the nodes of the table."""
     if tokens <= 0.0:
         return 0.0
     seconds_AN = table.seconds_BAN[table.curve_R[rank]]
-    mantissa, exponent = math.frexp(tokens)
-    place = (2.0 * mantissa + (exponent - 2 - table.first_octave)) * PER_OCTAVE
+    bits = np.float64(tokens).view(np.int64)  # as math.frexp, which is a call that takes 20 times as long
+    mantissa = np.int64((bits & _FRACTION) | _ONE).view(np.float64)
+    place = (mantissa + ((bits >> _FRACTION_BITS) - _BIAS - 1 - table.first_octave)) * PER_OCTAVE
     column, across = 0, 0.0
     if place > 0.0:
         column = min(int(place), seconds_AN.shape[1] - 2)
