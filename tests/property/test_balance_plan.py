@@ -8,8 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.plan.balance import WORTH_FRAC, BalancePlan, Strategy
+from poise.plan.balance import BalancePlan, Strategy
 from poise.plan.balance_assignment import dispatch_of, tokens_to
+from poise.plan.balance_call import WORTH_FRAC
 from tests.balance_cases import EXPERT_BYTES, LINK, balancer, seconds_R
 
 

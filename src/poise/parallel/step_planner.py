@@ -118,9 +118,10 @@ class StepPlanner:
         balancer = self._balancer(layer, counts_RE) if len(came_N3) or self.has_choice(layer) else None
         if balancer is None:
             return None
-        plan = balancer.divide(counts_RE, came_N3, in_frac_R=in_frac_R, out_frac_R=out_frac_R)
+        narrow_RE = np.ascontiguousarray(counts_RE, dtype=np.int32)  # once, as all three need it
+        plan = balancer.divide(narrow_RE, came_N3, in_frac_R=in_frac_R, out_frac_R=out_frac_R)
         gain_s = plan.unbalanced_s - plan.predicted_s
-        return dispatch_of(plan.assignment, counts_RE, rank), tokens_to(plan.assignment, counts_RE, rank), gain_s
+        return dispatch_of(plan.assignment, narrow_RE, rank), tokens_to(plan.assignment, narrow_RE, rank), gain_s
 
     def has_choice(self, layer: int) -> bool:
         """Whether tokens have a choice between homes."""
