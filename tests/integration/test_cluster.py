@@ -89,6 +89,17 @@ def test_ranks_find_their_place_and_their_thread_count() -> None:
     assert not result.has_failed
 
 
+def test_a_rank_may_have_several_cores_of_its_own() -> None:
+    here = sorted(os.sched_getaffinity(0))
+    layout = ClusterLayout(
+        name="one", ranks=(RankLimits(core=0, pinned=len(here)), RankLimits(core=1, pinned=len(here)))
+    )
+    with Cluster(layout) as cluster:
+        assert cluster.missing == (f"rank 1: cores 1 to {len(here)}: there are {len(here)} cores here",)
+        result = cluster.run([sys.executable, "-c", "import os; print(*sorted(os.sched_getaffinity(0)))"], timeout_s=20)
+    assert result.ranks[0].stdout.split() == [str(core) for core in here]
+
+
 def test_ranks_behind_links_see_only_their_own_network() -> None:
     with open_or_skip(two_ranks().with_link(GBIT_PER_S)) as cluster:
         result = cluster.run([sys.executable, "-c", INTERFACES], timeout_s=20)

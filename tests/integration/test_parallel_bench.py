@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from poise.bench.parallel import exactness, scaling, unequal
+from poise.bench.parallel import exactness, pinned, scaling, unequal
 from poise.bench.parallel import probe as probe_suite
 from poise.bench.parallel.case import DTYPE, MEMORY, Case, one_rank, prefill_job, shared_ranks, write_rows
 from poise.bench.parallel.contest import ORACLE, PROBE, STATIC, Contenders, contest
@@ -133,6 +134,31 @@ def test_an_oracle_knows_every_count_and_figures_say_what_balancing_did(tmp_path
     assert facts["oracle"]["token_imbalance"] < oracle["home_imbalance"] - 0.1
     assert tuple(probe_suite._Suite(tmp_path, tmp_path, 1).parts_of(case)) == probe_suite.PARTS
     assert [table.row_count for table in tables({"code": shown(facts)})] == [3, 2]
+
+
+def test_ranks_with_cores_of_their_own_are_compared_without_quotas(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    rows = np.random.default_rng(1).integers(3, VOCABULARY, (64, 32))
+    case = Case(name="tiny", model=checkpoint("qwen3_moe", DTYPE), rows={pinned.KIND: rows})
+    part = pinned.Part.named("2x1:decode:16")
+    if len(os.sched_getaffinity(0)) < part.ranks:
+        pytest.skip("there is only one core")
+    facts = pinned.measure(part, case, tmp_path, steps=2, rounds=1, warm_up=4)
+    assert facts["limits_enforced"] == ["rank 0: core 0", "rank 1: core 1"]
+    assert list(facts["policies"]) == ["static", "eplb", "probe", "oracle"]
+    assert [row["passes"] for row in facts["policies"].values()] == [2] * 4
+    assert facts["policies"]["oracle"]["balanced"]["guessed_wrong_frac"] == 0.0
+    assert [table.row_count for table in tables({"one": facts})] == [4, 2]
+
+
+def test_more_cores_than_there_are_is_said_before_ranks_start(tmp_path: Path) -> None:
+    rows = np.zeros((4, 32), dtype=np.int64)
+    case = Case(name="tiny", model=tmp_path, rows={pinned.KIND: rows})
+    with pytest.raises(PoiseError, match="9999 cores: this part needs more cores; rank 0: cores 0 to 9998: there are"):
+        pinned.measure(pinned.Part.named("2x9999:prefill:64"), case, tmp_path, steps=1)
+    with pytest.raises(PoiseError, match="33 tokens a rank are not 2 like rows"):
+        pinned.measure(pinned.Part.named("2x1:prefill:33"), case, tmp_path, steps=1)
+    with pytest.raises(PoiseError, match="part '8x2:prefill' is no RANKSxCORES:KIND:TOKENS"):
+        pinned.Part.named("8x2:prefill")
 
 
 def shown(policies: dict[str, Any]) -> dict[str, Any]:

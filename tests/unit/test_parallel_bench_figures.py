@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from poise.bench.cluster.layout import ClusterLayout, RankLimits
 from poise.bench.parallel import online, plot, probe_tables
 from poise.bench.parallel.change import SETTLED, recovered_at
+from poise.bench.parallel.contest import contest
 from poise.bench.parallel.session import JobResult
 from poise.bench.parallel.tables import MAKERS, tables
 from poise.bench.parallel.unequal import WARM_UP, costs_of, summary
+from poise.errors import PoiseError
 
 
 def test_recovery_is_when_steps_come_near_to_where_the_run_ends() -> None:
@@ -74,6 +79,42 @@ CHANGE: dict[str, Any] = {
         for name, detected in (("vibe", 1), ("eplb", None))
     },
 }
+
+
+@dataclass
+class Quick:
+    """A session whose jobs take as long as they are told to."""
+
+    layout: ClusterLayout
+    ran: list[str] = field(default_factory=list)
+    within_s: float = 0.0
+    takes_s: float = 0.0
+
+    def run(self, job: dict[str, Any]) -> JobResult:
+        self.ran.append(job["balance"])
+        time.sleep(self.takes_s)
+        steps = {name: [1.0, 1.0] for name in ("imbalance", "time_imbalance", "slowest_s")}
+        told = {"stamps_ns": [0, 2e9, 4e9], "figures": {"steps": steps}, "history": [], "balanced": None}
+        return JobResult(facts=told, records_RPLN=None, load_RPLE=None)
+
+
+def compared(session: Quick, directory: Path, within_s: float | None) -> dict[str, Any]:
+    contenders = {name: {"balance": name} for name in ("static", "eplb")}
+    until_s = None if within_s is None else time.monotonic() + within_s
+    return contest(cast(Any, session), {}, contenders, directory, warm_up=1, until_s=until_s)
+
+
+def test_contenders_take_turns_for_as_long_as_time_is_left(tmp_path: Path) -> None:
+    layout = ClusterLayout(name="two", ranks=(RankLimits(),) * 2)
+    whole = Quick(layout)
+    assert [row["passes"] for row in compared(whole, tmp_path, None).values()] == [2, 2]
+    assert whole.ran == ["static", "eplb", "eplb", "static"]
+    cut = Quick(layout, takes_s=0.3)
+    facts = compared(cut, tmp_path, 1.28)
+    assert cut.ran == ["static", "eplb", "eplb"]
+    assert [row["passes"] for row in facts.values()] == [1, 2]
+    with pytest.raises(PoiseError, match="two: no time is left for a single run"):
+        compared(Quick(layout), tmp_path, -1.0)
 
 
 def test_tables_say_never_where_a_policy_did_not_move() -> None:

@@ -202,9 +202,11 @@ class Cluster:
                 note(name, groups.limit_memory(limits.memory_bytes))
             self._cores.append(())
             if limits.core is not None:
-                is_there = limits.core < len(available)
-                note(f"rank {rank}: core {limits.core}", None if is_there else f"there are {len(available)} cores here")
-                self._cores[rank] = (available[limits.core],) if is_there else ()
+                last = limits.core + limits.pinned - 1
+                is_there = last < len(available)
+                name = f"core {limits.core}" if limits.pinned == 1 else f"cores {limits.core} to {last}"
+                note(f"rank {rank}: {name}", None if is_there else f"there are {len(available)} cores here")
+                self._cores[rank] = tuple(available[limits.core : last + 1]) if is_there else ()
         if self.layout.link_bytes_per_s is not None:
             note(f"links {format_bytes(self.layout.link_bytes_per_s)}/s", self._open_network())
         self.enforced, self.missing = tuple(enforced), tuple(missing)

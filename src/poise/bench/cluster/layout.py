@@ -15,18 +15,20 @@ GBIT_PER_S = 125_000_000
 class RankLimits:
     """One rank. ``cores``: the share of processor time it may use (0.4 of a core); None: no quota.
 
-    ``core``: position among the cores of this process that it is pinned to; None: it may run on any. ``memory_bytes``
-    counts its page cache too; None: no cap. ``threads``: what OpenMP and torch compute with.
+    ``core``: position among the cores of this process that it is pinned to, and ``pinned`` how many from there on; None: it may
+    run on any. ``memory_bytes`` counts its page cache too; None: no cap. ``threads``: what OpenMP and torch compute with.
     """
 
     cores: float | None = None
     core: int | None = None
+    pinned: int = 1
     memory_bytes: int | None = None
     threads: int = 1
 
     def __post_init__(self) -> None:
         assert self.cores is None or self.cores > 0, f"a share of processor time is positive, not {self.cores}"
         assert self.memory_bytes is None or self.memory_bytes > 0, f"a cap is positive, not {self.memory_bytes}"
+        assert self.pinned > 0, f"a rank is pinned to at least one core, not {self.pinned}"
         assert self.threads > 0, f"a rank computes with at least one thread, not {self.threads}"
 
 
@@ -61,6 +63,12 @@ def eight_ranks(cores: float = 0.17) -> ClusterLayout:
 def two_ranks() -> ClusterLayout:
     """Two ranks with a core each."""
     return ClusterLayout(name="2 ranks", ranks=(RankLimits(core=0), RankLimits(core=1)))
+
+
+def pinned_ranks(count: int, cores: int) -> ClusterLayout:
+    """Ranks with ``cores`` real cores each that nobody shares; one thread computes, what else there is runs beside it."""
+    ranks = tuple(RankLimits(core=cores * rank, pinned=cores) for rank in range(count))
+    return ClusterLayout(name=f"{count} ranks of {cores} cores", ranks=ranks)
 
 
 def four_unequal_ranks() -> ClusterLayout:

@@ -141,6 +141,13 @@ def cycled(rows_WT: Ints, count: int) -> Ints:
     return rows_WT[np.arange(count) % len(rows_WT)]
 
 
+def beginnings(rows_WT: Ints, count: int, tokens: int) -> Ints:
+    """``count`` stretches of so many tokens, from all over the rows."""
+    whole = rows_WT[:, : rows_WT.shape[1] // tokens * tokens].reshape(-1, tokens)
+    begun_WT: Ints = whole[np.linspace(0, len(whole) - 1, count).astype(int)]
+    return begun_WT
+
+
 def write_rows(file: Path, rows: Sequence[Sequence[int]] | Sequence[Ints] | Ints) -> str:
     """Prompts of a job; the name of their file."""
     write_whole(file, json.dumps([[int(token) for token in row] for row in rows]))

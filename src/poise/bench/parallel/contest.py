@@ -7,6 +7,7 @@ that do not count, as after a longer run; the oracle is told all the counts whic
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ import numpy as np
 
 from poise.bench.parallel.session import JobResult, Session
 from poise.bench.parallel.unequal import costs_of, placements_of
+from poise.bench.parts import say
 from poise.engine.balances import REDUNDANT_SLOTS
+from poise.errors import PoiseError
 
 WARM_UP = 10
 ONCE_AT, SETTLED = 13, 17
 """EPLB's window before a switch, and the passes after which what it ordered then has moved."""
 ROUNDS = 2
+LONGER, GRACE_S = 1.3, 10.0
+"""A run may take so many times as long as the others, and end so much later than it should, before it has failed."""
 REPLAY = "counts of an earlier run"
 PLACED = "where experts belong"
 """Stand in a contender for what is made while measuring."""
@@ -47,40 +52,63 @@ def contest(
     warm_up: int = WARM_UP,
     behind_tokens: int | None = None,
     steps: int | None = None,
+    until_s: float | None = None,
 ) -> dict[str, Any]:
     """Facts of each contender; ``job`` is what they have in common, with passes enough. The first one is the yardstick.
 
     ``behind_tokens``: in place of ``warm_up``: as many passes as it takes until so many tokens are generated. ``steps``: passes
-    that count; None: all that are left.
+    that count; None: all that are left. ``until_s``: by the monotonic clock; a run that would not end by then does not begin,
+    and facts are of those before it (``passes``). Raises PoiseError if there is none.
     """
-    runs: dict[str, list[JobResult]] = {name: [] for name in contenders}
+    runs: dict[str, list[JobResult]] = {}
+    spent_s: list[float] = []
     replay: Path | None = None
     placed: Any = None
-    for number in range(rounds):
-        for name in list(contenders) if number % 2 == 0 else list(contenders)[::-1]:
-            given = dict(contenders[name])
-            if given["balance"] == "static":
-                given["keeps_records"] = True
-            if given.get("steps", {}).get("replay") == REPLAY:
-                assert replay is not None, "a static contender comes before the oracle"
-                given["steps"] = {**given["steps"], "replay": str(replay)}
-            if given.get("placement") == PLACED:
-                assert placed is not None, "a static contender comes before those that are placed"
-                given["placement"] = placed
-            result = session.run({**job, **given})
-            runs[name].append(result)
-            if replay is None and result.load_RPLE is not None:
-                warm_up = warm_up if behind_tokens is None else result.passes_until(behind_tokens)
-                replay = directory / "replay.npy"
-                np.save(replay, result.load_RPLE)
-                placed = _placed(result, warm_up)
-    counted = slice(warm_up, None if steps is None else warm_up + steps)
-    facts = {name: summary(results, counted) for name, results in runs.items()}
+    for name in _turns(contenders, rounds):
+        began_s = time.monotonic()
+        if until_s is not None:
+            session.within_s = until_s + GRACE_S - began_s
+            if until_s - began_s < (LONGER * float(np.median(spent_s)) if spent_s else 0.0):
+                say(f"  no time is left for {name}")
+                break
+        result = session.run({**job, **_given(contenders[name], replay, placed)})
+        runs.setdefault(name, []).append(result)
+        if replay is None and result.load_RPLE is not None:
+            warm_up = warm_up if behind_tokens is None else result.passes_until(behind_tokens)
+            replay = directory / "replay.npy"
+            np.save(replay, result.load_RPLE)
+            placed = _placed(result, warm_up)
+        spent_s.append(time.monotonic() - began_s)
+        counted = slice(warm_up, None if steps is None else warm_up + steps)
+        say(f"  {name}: {1e3 * float(np.median(result.step_s_P[counted])):.0f} ms a pass, {spent_s[-1]:.0f} s in all")
+    if not runs:
+        raise PoiseError(f"{session.layout.name}: no time is left for a single run; give more")
+    facts = {name: summary(runs[name], counted) for name in contenders if name in runs}
     yardstick = facts[next(iter(contenders))]
     for row in facts.values():
         row["speedup"] = yardstick["step_s"] / row["step_s"]
         row["of_even"] = yardstick["even_s"] / row["step_s"]
     return facts
+
+
+def _turns(contenders: Contenders, rounds: int) -> list[str]:
+    """Every second round the other way round."""
+    names = list(contenders)
+    return [name for number in range(rounds) for name in (names if number % 2 == 0 else names[::-1])]
+
+
+def _given(contender: Mapping[str, Any], replay: Path | None, placed: Any) -> dict[str, Any]:
+    """A contender, with what was made while measuring in the place of what stands for it."""
+    given = dict(contender)
+    if given["balance"] == "static":
+        given["keeps_records"] = True
+    if given.get("steps", {}).get("replay") == REPLAY:
+        assert replay is not None, "a static contender comes before the oracle"
+        given["steps"] = {**given["steps"], "replay": str(replay)}
+    if given.get("placement") == PLACED:
+        assert placed is not None, "a static contender comes before those that are placed"
+        given["placement"] = placed
+    return given
 
 
 def _placed(result: JobResult, warm_up: int) -> Any:

@@ -24,6 +24,7 @@ from poise.bench.cluster.layout import (
 )
 from poise.bench.parallel.case import (
     Case,
+    beginnings,
     bundled_case,
     cycled,
     equal_ranks,
@@ -298,9 +299,7 @@ def _beginnings(case: Case, kind: str, count: int, tokens: int) -> Any:
     """``count`` stretches of so many tokens, from all over the rows; ``MIXED``: half of them code, half prose, on each rank."""
     if kind == MIXED:
         return np.concatenate([_beginnings(case, each, count // 2, tokens) for each in ("code", "prose")])
-    rows_WT = case.rows[kind]
-    whole = rows_WT[:, : rows_WT.shape[1] // tokens * tokens].reshape(-1, tokens)
-    return whole[np.linspace(0, len(whole) - 1, count).astype(int)]
+    return beginnings(case.rows[kind], count, tokens)
 
 
 def _mixed(case: Case) -> Any:

@@ -27,7 +27,7 @@ from poise.spec.whole_file import write_whole
 _POLL_S = 0.02
 _LOADING_CORES = 1.0
 WITHIN_S = 220.0
-"""A job that takes longer has failed."""
+"""A job that takes longer has failed, unless ``Session.within_s`` says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,11 +57,13 @@ class JobResult:
 class Session:
     """``with Session(layout) as session: session.run(job)``.
 
-    Raises PoiseError where a limit that is needed cannot be set, or when a rank fails.
+    ``within_s``: for the ranks to load a job, and for them to run it. Raises PoiseError where a limit that is needed cannot be
+    set, or when a rank fails.
     """
 
     def __init__(self, layout: ClusterLayout) -> None:
         self.layout = layout
+        self.within_s = WITHIN_S
         self._scratch = Scratch()
         self._directory = self._scratch.path
         self._cluster = Cluster(layout)
@@ -73,9 +75,8 @@ class Session:
         self._cluster.__enter__()
         if self._cluster.missing:
             self._close(None, None, None)
-            raise PoiseError(
-                f"{self.layout.name}: this part needs root for its limits; {'; '.join(self._cluster.missing)}"
-            )
+            needs = "root for its limits" if self._has_quotas or self.layout.link_bytes_per_s else "more cores"
+            raise PoiseError(f"{self.layout.name}: this part needs {needs}; {'; '.join(self._cluster.missing)}")
         self._cluster.start([sys.executable, "-m", "poise.bench.parallel.worker", str(self._directory)])
         self._unlimited()
         return self
@@ -157,16 +158,15 @@ class Session:
         return int(file.read_text() or 0) if file.exists() else 0
 
     def _await(self, files: list[Path], between: Callable[[], None] | None = None) -> None:
-        deadline = time.monotonic() + WITHIN_S
+        deadline = time.monotonic() + self.within_s
         while not all(file.exists() for file in files):
             ended = self._cluster.ended()
             if ended or time.monotonic() > deadline:
                 self._has_failed = True
                 result = self._cluster.wait(5.0 if ended else 0.0)
                 said = next((rank.stderr.strip()[-400:] for rank in result.ranks if rank.returncode > 0), "")
-                raise PoiseError(
-                    f"{self.layout.name}: {f'rank {ended[0]} failed' if ended else f'not done within {WITHIN_S:g} s'} {said}"
-                )
+                why = f"rank {ended[0]} failed" if ended else f"not done within {self.within_s:.0f} s"
+                raise PoiseError(f"{self.layout.name}: {why} {said}")
             if between is not None:
                 between()
             time.sleep(_POLL_S)

@@ -4,7 +4,8 @@ A job: ``model``, ``memory``, ``dtype``, ``balance`` (or ``reference``: one proc
 batches]]), ``prompts`` (JSON file of token ids, in the order of passes), ``new_tokens`` (of each prompt: a number, or a list);
 optional ``policy`` (fields other than as they are), ``placement`` (as its file has it), ``redundant_slots``,
 ``keeps_records`` (every layer of every pass, into a file), ``steps`` (as ``policy``, where each step is balanced: every one,
-unless it ``rests``), ``tells_passes`` (how many are done, in a file), ``has_figures`` (False: no layer is taken down).
+unless it ``rests``), ``tells_passes`` (how many are done, in a file), ``has_figures`` (False: no layer is taken down),
+``device`` (left out: a GPU where there is one).
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class _Rank:
             self._launch,
             memory=job["memory"],
             dtype=job["dtype"],
+            device=job.get("device", "auto"),
             balance=job["balance"],
             policy=policy,
             steps=steps,
