@@ -65,9 +65,8 @@ class Groups:
         stacks, group_of = stacks_of(held, "gate_up_proj" if module.has_gate else "up_proj")
         groups = stacks[-1].end
         rows = [*range(groups + 1), *(group_of.get(expert, groups + 1) for expert in range(module.num_experts)), groups]
-        boundary_G1, group_E1 = (
-            torch.tensor(rows, dtype=torch.int16).to(device).split([groups + 1, len(rows) - groups - 1])
-        )
+        both = torch.tensor(rows, dtype=torch.int16).to(device)
+        boundary_G1, group_E1 = both[: groups + 1], both[groups + 1 :]
         return cls(held=dict(held), stacks=stacks, group_of=group_of, boundary_G1=boundary_G1, group_E1=group_E1)
 
     def are_of(self, held: Mapping[int, Weights]) -> bool:

@@ -7,13 +7,16 @@ Letters as in ``parallel.routes``; M places for rows that come, B eight-byte wor
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from poise.parallel.step_news import Ints
 from poise.plan.compiled import compiled
 
 Words = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 Singles = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-Rows = tuple[Ints, Ints, Ints, Ints]
+Experts = npt.NDArray[np.int16]
+"""Of rows: a quarter of the bytes on their way to a GPU."""
+Rows = tuple[Ints, Experts, Ints, Ints]
 """``token_N``, ``experts_NK``, ``sent_R`` and ``pairs_R`` of routes."""
 
 
@@ -21,14 +24,16 @@ Rows = tuple[Ints, Ints, Ints, Ints]
 def rows_in_turn(choice_TK: Ints, rank_EC: Ints, count_E: Ints, first: int, num_ranks: int) -> Rows:
     """The i-th choice of an expert goes to its copy ``first + i``, modulo its copies. E or more: no choice."""
     tokens, top_k = choice_TK.shape
-    rank_TK, seen_E = np.empty((tokens, top_k), dtype=np.int64), np.zeros(len(count_E), dtype=np.int64)
+    rank_TK = np.empty((tokens, top_k), dtype=np.int64)
+    copy_E = first % count_E
     for token in range(tokens):
         for k in range(top_k):
             expert = choice_TK[token, k]
             rank_TK[token, k] = num_ranks
             if expert < len(count_E):
-                rank_TK[token, k] = rank_EC[expert, (first + seen_E[expert]) % count_E[expert]]
-                seen_E[expert] += 1
+                copy = copy_E[expert]
+                rank_TK[token, k] = rank_EC[expert, copy]
+                copy_E[expert] = copy + 1 if copy + 1 < count_E[expert] else 0
     return _rows(choice_TK, rank_TK, len(count_E), num_ranks)
 
 
@@ -53,32 +58,34 @@ def rows_by_cuts(choice_TK: Ints, rank_EC: Ints, until_EC: Ints, num_ranks: int)
 
 @compiled
 def _rows(choice_TK: Ints, rank_TK: Ints, num_experts: int, num_ranks: int) -> Rows:
-    """A row for each rank that a token goes to, rank by rank. ``rank_TK``: ``num_ranks`` for none."""
+    """A row for each rank that a token goes to, rank by rank. ``rank_TK``: ``num_ranks`` for none.
+
+    Those have rows, too, behind all others, and every choice writes its token anew: whether a row is the first of its token is
+    seldom foreseen, and a branch on it would take longer than the rest.
+    """
     tokens, top_k = choice_TK.shape
-    sent_R, pairs_R = np.zeros(num_ranks, dtype=np.int64), np.zeros(num_ranks, dtype=np.int64)
-    last_R = np.full(num_ranks + 1, -1, dtype=np.int64)  # the last token that went there
-    last_R[num_ranks] = tokens
+    sent_R1, pairs_R1 = np.zeros(num_ranks + 1, dtype=np.int64), np.zeros(num_ranks + 1, dtype=np.int64)
+    last_R1 = np.full(num_ranks + 1, -1, dtype=np.int64)  # the last token that went there
     for token in range(tokens):
         for k in range(top_k):
             rank = rank_TK[token, k]
-            if last_R[rank] < token:
-                last_R[rank] = token
-                sent_R[rank] += 1
-    end_R = np.cumsum(sent_R) - sent_R
-    token_N = np.empty(sent_R.sum(), dtype=np.int64)
-    experts_NK = np.full((len(token_N), top_k), num_experts, dtype=np.int64)
-    last_R[:num_ranks] = -1
+            sent_R1[rank] += last_R1[rank] != token
+            last_R1[rank] = token
+            pairs_R1[rank] += 1
+    at_R1 = np.cumsum(sent_R1) - sent_R1 - 1
+    token_N = np.empty(sent_R1.sum(), dtype=np.int64)
+    experts_NK = np.full((len(token_N), top_k), num_experts, dtype=np.int16)
+    last_R1[:] = -1
     for token in range(tokens):
         for k in range(top_k):
             rank = rank_TK[token, k]
-            if last_R[rank] < token:
-                last_R[rank] = token
-                token_N[end_R[rank]] = token
-                end_R[rank] += 1
-            if rank < num_ranks:
-                experts_NK[end_R[rank] - 1, k] = choice_TK[token, k]
-                pairs_R[rank] += 1
-    return token_N, experts_NK, sent_R, pairs_R
+            row = at_R1[rank] + (last_R1[rank] != token)
+            at_R1[rank] = row
+            last_R1[rank] = token
+            token_N[row] = token
+            experts_NK[row, k] = choice_TK[token, k]
+    rows = len(token_N) - sent_R1[num_ranks]
+    return token_N[:rows], experts_NK[:rows], sent_R1[:num_ranks], pairs_R1[:num_ranks]
 
 
 @compiled
@@ -99,7 +106,7 @@ def close_up(row_MB: Ints, is_row_M: np.ndarray[tuple[int, ...], np.dtype[np.boo
 
 @compiled
 def fill_rows(
-    row_NW: Words, row_NF: Singles, token_N: Ints, experts_NK: Ints, weights_TK: Singles, hidden_TV: Words
+    row_NW: Words, row_NF: Singles, token_N: Ints, experts_NK: Experts, weights_TK: Singles, hidden_TV: Words
 ) -> None:
     """Each row: experts, their weights, the token's hidden state (V words). ``row_NW`` and ``row_NF`` are the same memory."""
     top_k = experts_NK.shape[1]
@@ -131,6 +138,6 @@ def rehearse() -> None:
     rows_in_turn(choice_TK, one_EC, one_E, 0, 1)
     rows_by_cuts(choice_TK, one_EC, one_EC, 1)
     words, singles = np.zeros((1, 3), dtype=np.int32), np.zeros((1, 3), dtype=np.float32)
-    fill_rows(words, singles, np.zeros(1, dtype=np.int64), choice_TK, singles, words[:, :1].copy())
+    fill_rows(words, singles, np.zeros(1, dtype=np.int64), choice_TK.astype(np.int16), singles, words[:, :1].copy())
     add_rows(singles, np.zeros(1, dtype=np.int64), singles)
     close_up(one_EC, np.ones(1, dtype=np.bool_), one_E)

@@ -46,7 +46,7 @@ class Copies:
 class Routes:
     """Rows for rank 0, then for rank 1, ...: row n is token ``token_N[n]`` (ascending within a rank), ``sent_R`` per rank.
 
-    ``experts_NK`` (integers): the choices that the receiver computes, ``pairs_R`` in all of its rows; E for those that others
+    ``experts_NK`` (int16): the choices that the receiver computes, ``pairs_R`` in all of its rows; E for those that others
     do, or nobody (padding).
     """
 
@@ -81,8 +81,7 @@ def _host(choice_TK: torch.Tensor) -> npt.NDArray[np.int64]:
 
 def _made(rows: Rows, num_experts: int, device: torch.device) -> Routes:
     token_N, experts_NK, sent_R, pairs_R = rows
-    if device.type != "cpu" and num_experts < np.iinfo(np.int16).max:
-        experts_NK = experts_NK.astype(np.int16)  # a quarter of the bytes on the way to a GPU
+    assert num_experts <= np.iinfo(experts_NK.dtype).max, f"{num_experts} experts"
     return Routes(
         token_N=torch.from_numpy(token_N).to(device),
         sent_R=tuple(sent_R.tolist()),
