@@ -40,6 +40,7 @@ from poise.bench.parallel.contest import (
     ORACLE,
     PROBE,
     PROBE_VIBE,
+    ROUNDS,
     SETTLED,
     STATIC,
     WARM_UP,
@@ -178,7 +179,8 @@ class _Suite:
         """Code is generated, and EPLB has arranged experts for prose that was."""
         interval, new_tokens = SWITCHES[rows]
         eplb = {"eplb": {"balance": "eplb", "policy": {"interval": interval}}}
-        return self._decode(case, ["prose", "code"], self._all(case, movers=MOVERS | eplb), new_tokens, rows=rows)
+        contenders, rounds = self._all(case, movers=MOVERS | eplb), ROUNDS if rows < DECODE_ROWS else 1
+        return self._decode(case, ["prose", "code"], contenders, new_tokens, rows=rows, rounds=rounds)
 
     def _decode_switch_of_many(self, case: Case) -> dict[str, Any]:
         """As many sequences a rank as the paper's least, against EPLB that has arranged experts for prose."""
@@ -195,6 +197,7 @@ class _Suite:
         *,
         rows: int = DECODE_ROWS,
         prompt: int = DECODE_PROMPT,
+        rounds: int = ROUNDS,
     ) -> dict[str, Any]:
         """Sequences of one kind, ``passes`` tokens of each, then of the next; those of the last kind count, without prefill, or
         behind as many tokens if there is no other."""
@@ -207,7 +210,9 @@ class _Suite:
         before = (sum(others) + last) * per_kind
         job = {**prefill_job(case, prompts, rows_per_rank=rows), "new_tokens": new_tokens}
         with Session(layout) as session:
-            facts = contest(session, job, contenders, self._scratch, behind_tokens=before, steps=self._steps)
+            facts = contest(
+                session, job, contenders, self._scratch, rounds=rounds, behind_tokens=before, steps=self._steps
+            )
             return self._about(case, session, "decode", rows) | {"policies": facts}
 
     def _overhead(self) -> dict[str, Any]:
