@@ -281,7 +281,7 @@ PARTS = (
 
 
 def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), steps: int | None = None) -> None:
-    """Each part takes 1 to 4 minutes."""
+    """Each part takes 1 to 10 minutes."""
     directory = work_directory()
     done = Parts(directory, NAME, order=PARTS, wanted=parts)
     with Scratch() as scratch:
