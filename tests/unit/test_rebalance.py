@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from poise.plan.observed_costs import ObservedCost, Times, fit, observe, rank_costs
+from poise.plan.observed_costs import ObservedCost, Times, fit, observe, observed_costs, rank_costs
 from poise.plan.placement import predict_s_LR
+from poise.plan.rank_costs import RankCosts
 from poise.plan.rebalance import Eplb, Window
 from poise.plan.slowest import expected_slowest_s_L, mean_of_largest_L
 
@@ -78,6 +79,20 @@ def test_a_rank_whose_load_is_steady_has_the_shape_of_the_others() -> None:
     for tokens, active in ((500.0, 3.0), (2000.0, 1.0), (100.0, 8.0)):
         found = seen.costs.seconds_LR(np.full((1, 2), tokens), np.full((1, 2), active))[0, 1]
         assert found == pytest.approx(SLOW.seconds(tokens, active), rel=0.1)
+
+
+@pytest.mark.parametrize("curves", [None, rank_costs([FAST, FAST])])
+def test_costs_alone_are_those_that_come_with_errors(curves: RankCosts | None) -> None:
+    windows = [times([FAST, SLOW], rows=rows, scatter=0.2, seed=rows) for rows in (3, 4, 5)]
+    windows[0].tokens_NR[0, 0] = 0.0
+    windows[1].seconds_NR[2, 1] *= 20  # held up
+    seen, alone = observe(windows, curves), observed_costs(windows, curves)
+    assert seen is not None
+    assert alone is not None
+    grid = np.array([[100.0, 900.0]]), np.array([[2.0, 3.0]])
+    np.testing.assert_array_equal(alone.seconds_LR(*grid), seen.costs.seconds_LR(*grid))
+    np.testing.assert_allclose(alone.seconds_LR(*grid), [[3e-4, 2.4e-3]], rtol=0.2)
+    assert observed_costs([], curves) is None
 
 
 def test_measured_curves_keep_their_shape_at_the_pace_that_is_seen() -> None:

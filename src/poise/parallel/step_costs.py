@@ -14,11 +14,11 @@ import torch
 
 from poise.parallel.group import RankGroup
 from poise.parallel.step_news import StepNews
-from poise.plan.observed_costs import ObservedCost, Times, observe, rank_costs
+from poise.plan.observed_costs import ObservedCost, Times, observed_costs, rank_costs
 from poise.plan.rank_costs import RankCosts
 
 INTERVAL = 8
-"""Passes between two fits; the first ones come after 1, 2 and 4."""
+"""Passes between two fits, of those of which there is news; the first ones come after 1, 2 and 4."""
 KEPT = 16
 """Passes that count."""
 _FAR_TOKENS = 2.0**20
@@ -32,32 +32,36 @@ class StepCosts:
         self._curves = curves
         self.costs = curves
         self._news: list[StepNews] = []
+        self._has_news = False
+        """On all ranks alike."""
         self._windows: deque[Times] = deque(maxlen=KEPT)
         self._passes = 0
 
     def saw(self, news: StepNews) -> None:
         """What ranks tell of the layer before."""
+        self._has_news = True
         if self._group.is_first:
             self._news.append(news)
 
     def begin_pass(self) -> bool:
         """All ranks at once, before each pass: whether ``costs`` are new."""
+        if not self._has_news:
+            return False
+        self._has_news = False
         if self._news:
             told = [[news.of(field) for news in self._news] for field in ("pairs", "active", "compute_us")]
             tokens_NR, active_NR, us_NR = np.array(told, dtype=float)
             self._windows.append(Times(tokens_NR=tokens_NR, active_NR=active_NR, seconds_NR=us_NR / 1e6))
             self._news = []
-        passes, self._passes = self._passes, self._passes + 1
-        if passes not in (1, 2, 4) and (passes % INTERVAL or not passes):
-            return False
-        return self._refresh()
+        self._passes += 1
+        return (self._passes in (1, 2, 4) or not self._passes % INTERVAL) and self._refresh()
 
     def _refresh(self) -> bool:
         mine_R2 = torch.zeros(self._group.num_ranks, 2, dtype=torch.float64)
         if self._group.is_first:
-            seen = observe(list(self._windows), self._curves)
-            if seen is not None:
-                mine_R2 = torch.from_numpy(self._numbers(seen.costs))
+            costs = observed_costs(list(self._windows), self._curves)
+            if costs is not None:
+                mine_R2 = torch.from_numpy(self._numbers(costs))
         told_R2 = self._group.all_gather(mine_R2.to(self._group.device))[0].cpu().numpy()
         if not told_R2.any():
             return False
