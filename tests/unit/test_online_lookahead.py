@@ -116,16 +116,22 @@ def test_a_lookahead_reads_ahead_better_than_the_table_and_changes_no_text() -> 
     prompts = ["def main():", "The file is", "import os\n", "class Reader:"]
     params = [SamplingParams(max_tokens=80, temperature=0.9, seed=seed, ignore_eos=True) for seed in range(4)]
     texts, shares = [], []
-    for use in (None, LookaheadUse(prefetches=True), LookaheadUse(width=16, prefetches=True, online=True)):
+    for use in (
+        None,
+        LookaheadUse(prefetches=True),
+        LookaheadUse(prefetches=True, mixes=False),
+        LookaheadUse(width=16, prefetches=True, online=True),
+    ):
         with LLM(MODEL, memory="1GiB", expert_slots=64, lookahead=use) as llm:
             texts.append([one.outputs[0].text for one in llm.generate(prompts, params)])
             assert llm.last_progress is not None
             shares.append(llm.last_progress.decode_ahead.used_frac)
             if llm.online is not None:
                 assert llm.online.steps > 0
-    assert texts[0] == texts[1] == texts[2]
-    table, frozen, online = [share for share in shares if share is not None]
+    assert texts[0] == texts[1] == texts[2] == texts[3]
+    table, frozen, alone, online = [share for share in shares if share is not None]
     assert frozen > table
+    assert alone > table
     assert online > table
 
 

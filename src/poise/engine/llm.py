@@ -151,7 +151,7 @@ class LLM:
         self._prefetcher = make_prefetcher(self._policy, store, self._table)
         self._foresight = None
         if use is not None and use.prefetches and self._prefetcher is not None and self.lookahead is not None:
-            self._foresight = LookaheadPrefetcher(self.lookahead, self._table, store.foresee)
+            self._foresight = LookaheadPrefetcher(self.lookahead, self._table, store.foresee, mixes=use.mixes)
         self.online = None
         if use is not None and use.online and self.lookahead is not None:
             self.online = OnlineLearner(self.lookahead)

@@ -22,11 +22,20 @@ from poise.predict.mixed import Floats, Mixture
 class LookaheadPrefetcher:
     """A seam listener that foresees each layer from the one before. ``passes``: those learnt from to their end.
 
-    ``foresee``: is told of it, as ``ExpertStore.foresee`` is. With many tokens an even sample votes for all.
+    ``foresee``: is told of it, as ``ExpertStore.foresee`` is. With many tokens an even sample votes for all. ``mixes``: what is
+    left of a token's choices goes to the other experts as the table shares it; else to all of them alike.
     """
 
-    def __init__(self, lookahead: Lookahead, table: CorrelationTable, foresee: Callable[[int, Foreseen], None]) -> None:
+    def __init__(
+        self,
+        lookahead: Lookahead,
+        table: CorrelationTable,
+        foresee: Callable[[int, Foreseen], None],
+        *,
+        mixes: bool = True,
+    ) -> None:
         self.passes = 0
+        self._mixes = mixes
         self._lookahead = lookahead
         self._table = table
         self._foresee = foresee
@@ -59,10 +68,16 @@ class LookaheadPrefetcher:
             return Foreseen(chance_E=chance_E, tokens_E=tokens_E)
         step = -(-len(chosen_TK) // MAX_VOTERS)
         named_TK = self._lookahead.choices_TK(after, hidden_TH[::step]).numpy(force=True)
-        table_TE = self._table.chances_TE(after, chosen_TK[::step])
+        table_TE = self._others_TE(after, chosen_TK[::step])
         self._said = named_TK, table_TE
         chances_TE = self._mixtures[after].chances_TE(named_TK, table_TE)
         scale = np.float32(len(chosen_TK) / max(1, len(named_TK)))
         return Foreseen(
             chance_E=-np.expm1(np.log1p(-chances_TE).sum(axis=0) * scale), tokens_E=chances_TE.sum(axis=0) * scale
         )
+
+    def _others_TE(self, after: int, chosen_TK: Ints) -> Floats:
+        """Shares of the experts that are not named, up to a factor."""
+        if self._mixes:
+            return self._table.chances_TE(after, chosen_TK)
+        return np.ones((len(chosen_TK), self._table.num_experts), dtype=np.float32)

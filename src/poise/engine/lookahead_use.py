@@ -27,7 +27,8 @@ class LookaheadUse:
     """``width``: of residuals that are yet to learn; None: frozen routers only. ``file``: what `poise distill` wrote instead.
 
     ``learns``: room is kept for a teacher. ``online``: it goes on learning from what is generated.
-    ``prefetches``: experts are read ahead by it, mixed with the correlation table. Raises UsageError for values that cannot be.
+    ``prefetches``: experts are read ahead by it, mixed with the correlation table or, without ``mixes``, instead of it.
+    Raises UsageError for values that cannot be.
     """
 
     width: int | None = None
@@ -35,6 +36,7 @@ class LookaheadUse:
     learns: bool = False
     online: bool = False
     prefetches: bool = False
+    mixes: bool = True
 
     def __post_init__(self) -> None:
         if self.width is not None and self.width < 1:

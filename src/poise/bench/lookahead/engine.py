@@ -7,7 +7,7 @@ contender, each with an engine of its own that has run once before; rounds take 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -40,23 +40,38 @@ def measure() -> dict[str, Any]:
     """Misses, reads, hits and speed of each contender."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="poise-lookahead-") as scratch:
-        wide, file = Path(scratch) / "wide", Path(scratch) / "lookahead.safetensors"
-        widen_checkpoint(MODEL, wide, FACTOR)
-        _distilled().save(file, model=model_fingerprint(open_checkpoint(wide)))
+        wide, file = prepared(Path(scratch))
         uses = {
             "table": None,
             "frozen": LookaheadUse(prefetches=True),
             "distilled": LookaheadUse(file=file, prefetches=True),
             "distilled, online": LookaheadUse(file=file, prefetches=True, online=True),
         }
-        tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        texts = [windows_of(tokenizer, one, "held_out", max(SEQUENCES)).tolist() for one in load_corpus()]
-        prompts = [window[:PROMPT_TOKENS] for pair in zip(*texts, strict=False) for window in pair]
-        outcomes = [each for sequences in SEQUENCES for each in _measured(wide, uses, prompts[:sequences])]
+        outcomes = [
+            each for sequences in SEQUENCES for each in measured(wide, uses, prompts_of(sequences), rounds=ROUNDS)
+        ]
     return {"factor": FACTOR, "slots": SLOTS, "outcomes": [asdict(one) for one in outcomes]}
 
 
-def _measured(model: Path, uses: dict[str, LookaheadUse | None], prompts: Sequence[Sequence[int]]) -> list[Outcome]:
+def prepared(directory: Path) -> tuple[Path, Path]:
+    """(the model widened, a lookahead distilled for it), below ``directory``."""
+    wide, file = directory / "wide", directory / "lookahead.safetensors"
+    widen_checkpoint(MODEL, wide, FACTOR)
+    _distilled().save(file, model=model_fingerprint(open_checkpoint(wide)))
+    return wide, file
+
+
+def prompts_of(sequences: int) -> list[list[int]]:
+    """Beginnings of held-out texts, code and prose in turn."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    texts = [windows_of(tokenizer, one, "held_out", max(SEQUENCES)).tolist() for one in load_corpus()]
+    return [window[:PROMPT_TOKENS] for pair in zip(*texts, strict=False) for window in pair][:sequences]
+
+
+def measured(
+    model: Path, uses: Mapping[str, LookaheadUse | None], prompts: Sequence[Sequence[int]], *, rounds: int
+) -> list[Outcome]:
+    """Each contender's medians over ``rounds``, behind one that is not counted."""
     runs: dict[str, list[Run]] = {name: [] for name in uses}
     texts = set()
     with ExitStack() as stack:
@@ -65,8 +80,8 @@ def _measured(model: Path, uses: dict[str, LookaheadUse | None], prompts: Sequen
             name: stack.enter_context(LLM(model, memory="3GiB", expert_slots=SLOTS, policy=policy, lookahead=use))
             for name, use in uses.items()
         }
-        for number in range(ROUNDS + 1):
-            for name in list(uses) if number % 2 else reversed(uses):
+        for number in range(rounds + 1):
+            for name in list(uses) if number % 2 else list(uses)[::-1]:
                 measured, text = generate_once(llms[name], prompts)
                 texts.add(text)
                 if number:

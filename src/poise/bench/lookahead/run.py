@@ -2,38 +2,43 @@
 
 Parts: ``choice``: width, rate and length of training; ``quality``: `poise distill` as it is, figures per layer; ``ceiling``:
 what bounds recall; ``domains``: online learning through switches of domain; ``prefetch``: experts foreseen, against the
-correlation table; ``engine``: the same in the engine, with the model widened.
+correlation table; ``engine``: the same in the engine, with the model widened; ``disk-2``, ``disk-1``, ``disk-0.5``: that on
+disks of 2, 1 and 0.5 GB/s, which takes root.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from poise.bench.lookahead import ceiling, choice, domains, engine, prefetch, quality
+from poise.bench.lookahead import ceiling, choice, domains, engine, prefetch, quality, slow_disk
 from poise.bench.lookahead.tables import tables
 from poise.bench.offload.case import work_directory
 from poise.bench.parts import Parts
 from poise.bench.publish import publish
 
 NAME = "lookahead"
-PARTS = ("choice", "quality", "ceiling", "domains", "prefetch", "engine")
+DISKS: Mapping[str, int] = {"disk-2": 2_000_000_000, "disk-1": 1_000_000_000, "disk-0.5": 500_000_000}
+"""Bytes a second."""
+PARTS = ("choice", "quality", "ceiling", "domains", "prefetch", "engine", *DISKS)
 
 
 def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), steps: int | None = None) -> None:
-    """Each part takes 1 to 3 minutes; one thread. ``steps`` is of no use here."""
+    """Each part takes 1 to 5 minutes; one thread. ``steps`` is of no use here."""
     torch.set_num_threads(1)
     done = Parts(work_directory(), NAME, order=PARTS, wanted=parts)
-    measures = {
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
         "choice": choice.measure,
         "quality": quality.measure,
         "ceiling": ceiling.measure,
         "domains": domains.measure,
         "prefetch": prefetch.measure,
         "engine": engine.measure,
+        **{name: partial(slow_disk.measure, rate) for name, rate in DISKS.items()},
     }
     done.run(measures)
     results: Mapping[str, Any] = {"model": "tiny-moe", "parts": done.results()}

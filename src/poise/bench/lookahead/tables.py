@@ -20,7 +20,7 @@ def tables(parts: Mapping[str, dict[str, Any]]) -> Iterator[Table]:
         "engine": _engine,
     }
     for name, part in parts.items():
-        yield from makers[name](part)
+        yield from makers.get(name, _engine)(part)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -104,6 +104,8 @@ def _prefetch(part: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _engine(part: Mapping[str, Any]) -> Iterator[Table]:
+    """Of ``engine``, and of the disks."""
+    disk = f", a disk of {part['read_bytes_per_s'] / 1e9} GB/s" if "read_bytes_per_s" in part else ""
     rows = [
         [
             str(one["sequences"]),
@@ -119,7 +121,7 @@ def _engine(part: Mapping[str, Any]) -> Iterator[Table]:
         for one in part["outcomes"]
     ]
     yield _table(
-        f"Reading ahead, {part['slots']} experts in memory; per pass",
+        f"Reading ahead, {part['slots']} experts in memory{disk}; per pass",
         ("rows", "by", "misses", "reads", "used", "hottest", "CPU ms", "tokens/s", "mean"),
         rows,
     )
