@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from poise.bench.disk import require_disk
 from poise.bench.limits import Limits, forget_cached
 from poise.bench.lookahead.engine import SEQUENCES, measured, prepared, prompts_of
 from poise.bench.prefetch_engine import FACTOR, SLOTS
@@ -25,13 +26,16 @@ from poise.units import GIB
 
 MEMORY_BYTES = 2 * GIB
 """Of the process with its four engines, page cache included."""
+MODEL_BYTES = GIB
+"""More than the widened model takes on the disk."""
 ROUNDS = 2
 TIMEOUT_S = 900.0
 
 
 def measure(read_bytes_per_s: int) -> dict[str, Any]:
     """As part ``engine``, with what was enforced. Raises PoiseError where the disk cannot be limited."""
-    with tempfile.TemporaryDirectory(prefix="poise-lookahead-", dir="/var/tmp") as scratch:
+    with tempfile.TemporaryDirectory(prefix="poise-lookahead-") as scratch:
+        require_disk(Path(scratch), MODEL_BYTES)
         model, file = prepared(Path(scratch))
         forget_cached(model)
         with Limits(memory_bytes=MEMORY_BYTES, read_bytes_per_s=read_bytes_per_s, path=model) as limits:
