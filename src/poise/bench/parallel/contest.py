@@ -1,8 +1,8 @@
 """Policies that take turns over the same passes: what steps last, how even ranks are, what balancing each step did.
 
-Each contender runs ``WARM_UP`` passes that do not count, in which EPLB rearranges experts, then those that do, in ``ROUNDS``
-rounds of alternating order. ViBE starts where its planner puts experts by what the first run of ``static`` saw in the passes
-that do not count, as after a longer run; the oracle is told all the counts which that run kept.
+Each contender runs ``WARM_UP`` passes that do not count, then those that do, in ``ROUNDS`` rounds of alternating order. EPLB
+and ViBE start where their planners put experts by what the first run of ``static`` saw in passes that do not count, as after a
+longer run: nothing moves in those that do unless ViBE wants it. The oracle is told all the counts which that run kept.
 """
 
 from __future__ import annotations
@@ -21,24 +21,21 @@ from poise.engine.balances import REDUNDANT_SLOTS
 from poise.errors import PoiseError
 
 WARM_UP = 10
-ONCE_AT, SETTLED = 13, 17
-"""EPLB's window before a switch, and the passes after which what it ordered then has moved."""
 ROUNDS = 2
 LONGER, GRACE_S = 1.3, 10.0
 """A run may take so many times as long as the others, and end so much later than it should, before it has failed."""
 REPLAY = "counts of an earlier run"
-PLACED = "where experts belong"
-"""Stand in a contender for what is made while measuring."""
+EVEN_TOKENS, EVEN_TIMES = "token-balanced", "speed-aware"
+"""Stand in a contender for what is made while measuring: counts, and placements by ``unequal.POLICIES``."""
 Contenders = dict[str, Mapping[str, Any]]
 STATIC: Contenders = {"static": {"balance": "static"}}
 MOVERS: Contenders = {
-    "eplb": {"balance": "eplb", "policy": {"interval": 4}},
-    "vibe": {"balance": "vibe", "policy": {"interval": 2}, "placement": PLACED},
+    "eplb": {"balance": "eplb", "placement": EVEN_TOKENS},
+    "vibe": {"balance": "vibe", "policy": {"interval": 2}, "placement": EVEN_TIMES},
 }
-ONCE: Contenders = {**MOVERS, "eplb": {"balance": "eplb", "policy": {"interval": ONCE_AT}}}
-"""EPLB arranges experts by what came before a switch, and not again in the first nine passes behind it."""
+"""EPLB's next window, of 64 passes, ends behind those of a run."""
 PROBE: Contenders = {"probe": {"balance": "probe"}}
-PROBE_VIBE: Contenders = {"probe + vibe": {"balance": "probe+vibe", "policy": {"interval": 2}, "placement": PLACED}}
+PROBE_VIBE: Contenders = {"probe + vibe": {"balance": "probe+vibe", "policy": {"interval": 2}, "placement": EVEN_TIMES}}
 ORACLE: Contenders = {"oracle": {"balance": "probe", "steps": {"predictor": "replayed", "replay": REPLAY}}}
 
 
@@ -51,19 +48,21 @@ def contest(
     rounds: int = ROUNDS,
     warm_up: int = WARM_UP,
     behind_tokens: int | None = None,
+    learnt_tokens: int | None = None,
     steps: int | None = None,
     until_s: float | None = None,
 ) -> dict[str, Any]:
     """Facts of each contender; ``job`` is what they have in common, with passes enough. The first one is the yardstick.
 
-    ``behind_tokens``: in place of ``warm_up``: as many passes as it takes until so many tokens are generated. ``steps``: passes
+    ``behind_tokens``: in place of ``warm_up``: as many passes as it takes until so many tokens are generated.
+    ``learnt_tokens``: likewise, of the passes that placements are made from; None: all that do not count. ``steps``: passes
     that count; None: all that are left. ``until_s``: by the monotonic clock; a run that would not end by then does not begin,
     and facts are of those before it (``passes``). Raises PoiseError if there is none.
     """
     runs: dict[str, list[JobResult]] = {}
     spent_s: list[float] = []
     replay: Path | None = None
-    placed: Any = None
+    placed: Mapping[str, Any] = {}
     for name in _turns(contenders, rounds):
         began_s = time.monotonic()
         if until_s is not None:
@@ -77,7 +76,8 @@ def contest(
             warm_up = warm_up if behind_tokens is None else result.passes_until(behind_tokens)
             replay = directory / "replay.npy"
             np.save(replay, result.load_RPLE)
-            placed = _placed(result, warm_up)
+            learnt = warm_up if learnt_tokens is None else result.passes_until(learnt_tokens)
+            placed = _placed(result, learnt)
         spent_s.append(time.monotonic() - began_s)
         counted = slice(warm_up, None if steps is None else warm_up + steps)
         say(f"  {name}: {1e3 * float(np.median(result.step_s_P[counted])):.0f} ms a pass, {spent_s[-1]:.0f} s in all")
@@ -97,7 +97,7 @@ def _turns(contenders: Contenders, rounds: int) -> list[str]:
     return [name for number in range(rounds) for name in (names if number % 2 == 0 else names[::-1])]
 
 
-def _given(contender: Mapping[str, Any], replay: Path | None, placed: Any) -> dict[str, Any]:
+def _given(contender: Mapping[str, Any], replay: Path | None, placed: Mapping[str, Any]) -> dict[str, Any]:
     """A contender, with what was made while measuring in the place of what stands for it."""
     given = dict(contender)
     if given["balance"] == "static":
@@ -105,17 +105,17 @@ def _given(contender: Mapping[str, Any], replay: Path | None, placed: Any) -> di
     if given.get("steps", {}).get("replay") == REPLAY:
         assert replay is not None, "a static contender comes before the oracle"
         given["steps"] = {**given["steps"], "replay": str(replay)}
-    if given.get("placement") == PLACED:
-        assert placed is not None, "a static contender comes before those that are placed"
-        given["placement"] = placed
+    if given.get("placement") in (EVEN_TOKENS, EVEN_TIMES):
+        assert placed, "a static contender comes before those that are placed"
+        given["placement"] = placed[given["placement"]]
     return given
 
 
-def _placed(result: JobResult, warm_up: int) -> Any:
-    """The planner's placement for what was seen in the passes that do not count, as its file has it."""
+def _placed(result: JobResult, passes: int) -> Mapping[str, Any]:
+    """The planners' placements for what was seen in the first ``passes``, as a file has them."""
     assert result.load_PLE is not None, "a static contender keeps its counts"
-    load_PLE = result.load_PLE[:warm_up]
-    return placements_of(load_PLE, costs_of([result], warm_up), REDUNDANT_SLOTS)["speed-aware"].to_json()
+    made = placements_of(result.load_PLE[:passes], costs_of([result], passes), REDUNDANT_SLOTS)
+    return {name: made[name].to_json() for name in (EVEN_TOKENS, EVEN_TIMES)}
 
 
 def summary(results: Sequence[JobResult], counted: slice) -> dict[str, Any]:

@@ -36,12 +36,10 @@ from poise.bench.parallel.case import (
 )
 from poise.bench.parallel.contest import (
     MOVERS,
-    ONCE,
     ORACLE,
     PROBE,
     PROBE_VIBE,
     ROUNDS,
-    SETTLED,
     STATIC,
     WARM_UP,
     Contenders,
@@ -62,11 +60,10 @@ KNOWN = 6
 """Passes after which costs are known."""
 DECODE_ROWS, DECODE_PROMPT = 128, 8
 """Sequences of each rank, and tokens they begin with."""
-SWITCHES = {64: (11, 26), 256: (12, 25)}
-"""Decode behind a switch, by sequences of each rank: EPLB arranges experts by the first so many passes and, which holds in the
-measured ones, by the next so many, in which nothing but prose is generated; and how many tokens each sequence gets."""
-MANY_ROWS, MANY_PROMPT, SHORT_ONCE_AT, SHORT_SETTLED = 512, 2, 7, 10
-"""As many as in the paper; they begin with less, and EPLB has seven passes to learn from, so that a run ends in a minute."""
+SWITCH_TOKENS = 12
+"""Decode behind a switch: tokens of prose that each sequence gets, from which EPLB and ViBE learn, before code is begun."""
+MANY_ROWS, MANY_PROMPT, MANY_TOKENS = 512, 2, 8
+"""As many as in the paper; they begin with less and get less, so that a run ends in a minute."""
 MIXED = "code and prose"
 EVEN = 0.01
 """An exponent at which all experts are about as popular."""
@@ -79,9 +76,12 @@ LINKS: Mapping[str, Callable[[], ClusterLayout]] = {
     "4 Gbit/s": lambda: two_ranks().with_link(4 * GBIT_PER_S),
     "1 Gbit/s": slow_link,
 }
-WAYS: Contenders = {
+UNPREDICTED: Contenders = {
     "after the gate": {"balance": "probe", "steps": {"predictor": "none"}},
     "last pass": {"balance": "probe", "steps": {"predictor": "last"}},
+}
+WAYS: Contenders = {
+    **UNPREDICTED,
     "frozen gate": {"balance": "probe"},
     "not suspended": {"balance": "probe", "steps": {"suspends": False}},
     **ORACLE,
@@ -104,7 +104,7 @@ class _Suite:
         links = {name.replace(" ", "").replace("/", ""): layout for name, layout in LINKS.items()}
         unequal = replace(four_unequal_ranks(), copy_engines=True)
         return {
-            "code": lambda: self._prefill(widened, eight_ranks(), _rows(widened, "code"), self._all(widened)),
+            "code": lambda: self._prefill(widened, eight_ranks(), _rows(widened, "code"), self._every(widened)),
             "mixed": lambda: self._prefill(widened, eight_ranks(), _mixed(widened), self._all(widened)),
             "switch": lambda: self._switch(widened),
             "decode": lambda: self._decode(widened, ["code"], self._all(widened), WARM_UP),
@@ -153,8 +153,11 @@ class _Suite:
         ways = STATIC | WAYS | self._distilled(case, "distilled")
         return self._prefill(case, _linked(), _mixed(case), ways, warm_up=KNOWN)
 
-    def _all(self, case: Case, movers: Contenders = MOVERS) -> Contenders:
-        return STATIC | movers | PROBE | self._distilled(case, "probe, distilled") | ORACLE
+    def _every(self, case: Case) -> Contenders:
+        return self._all(case) | UNPREDICTED
+
+    def _all(self, case: Case) -> Contenders:
+        return STATIC | MOVERS | PROBE | self._distilled(case, "probe, distilled") | ORACLE
 
     def _distilled(self, case: Case, name: str) -> Contenders:
         trained = distilled(self._directory, bundled_case(self._directory), case)
@@ -164,9 +167,8 @@ class _Suite:
         """Prose for as long as nothing counts, then code."""
         layout = eight_ranks()
         ranks = len(layout.ranks)
-        rows = [cycled(case.rows["prose"], SETTLED * ranks), cycled(case.rows["code"], self._steps * ranks)]
-        contenders = self._all(case, movers=ONCE)
-        return self._prefill(case, layout, np.concatenate(rows), contenders, warm_up=SETTLED)
+        rows = [cycled(case.rows["prose"], WARM_UP * ranks), cycled(case.rows["code"], self._steps * ranks)]
+        return self._prefill(case, layout, np.concatenate(rows), self._every(case))
 
     def _online(self, case: Case) -> dict[str, Any]:
         """Predictors that were distilled on prose, and then see code: as they are, and learning."""
@@ -176,17 +178,16 @@ class _Suite:
             return self._about(case, session, "prefill", case.rows["code"].shape[1]) | facts
 
     def _decode_switch(self, case: Case, rows: int) -> dict[str, Any]:
-        """Code is generated, and EPLB has arranged experts for prose that was."""
-        interval, new_tokens = SWITCHES[rows]
-        eplb = {"eplb": {"balance": "eplb", "policy": {"interval": interval}}}
-        contenders, rounds = self._all(case, movers=MOVERS | eplb), ROUNDS if rows < DECODE_ROWS else 1
-        return self._decode(case, ["prose", "code"], contenders, new_tokens, rows=rows, rounds=rounds)
+        """Code is generated, and EPLB and ViBE have arranged experts for prose that was."""
+        rounds = ROUNDS if rows < DECODE_ROWS else 1
+        return self._decode(case, ["prose", "code"], self._all(case), SWITCH_TOKENS, rows=rows, rounds=rounds)
 
     def _decode_switch_of_many(self, case: Case) -> dict[str, Any]:
-        """As many sequences a rank as the paper's least, against EPLB that has arranged experts for prose."""
-        eplb = {"eplb": {"balance": "eplb", "policy": {"interval": SHORT_ONCE_AT}}}
-        contenders = STATIC | eplb | self._distilled(case, "probe, distilled")
-        return self._decode(case, ["prose", "code"], contenders, SHORT_SETTLED, rows=MANY_ROWS, prompt=MANY_PROMPT)
+        """As many sequences a rank as the paper's least."""
+        contenders = self._all(case)
+        return self._decode(
+            case, ["prose", "code"], contenders, MANY_TOKENS, rows=MANY_ROWS, prompt=MANY_PROMPT, rounds=1
+        )
 
     def _decode(
         self,
@@ -211,7 +212,14 @@ class _Suite:
         job = {**prefill_job(case, prompts, rows_per_rank=rows), "new_tokens": new_tokens}
         with Session(layout) as session:
             facts = contest(
-                session, job, contenders, self._scratch, rounds=rounds, behind_tokens=before, steps=self._steps
+                session,
+                job,
+                contenders,
+                self._scratch,
+                rounds=rounds,
+                behind_tokens=before,
+                learnt_tokens=sum(others) * per_kind if others else None,
+                steps=self._steps,
             )
             return self._about(case, session, "decode", rows) | {"policies": facts}
 
