@@ -53,10 +53,10 @@ def measure() -> dict[str, Any]:
     return {"factor": FACTOR, "slots": SLOTS, "outcomes": [asdict(one) for one in outcomes]}
 
 
-def prepared(directory: Path) -> tuple[Path, Path]:
-    """(the model widened, a lookahead distilled for it), below ``directory``."""
+def prepared(directory: Path, factor: int = FACTOR) -> tuple[Path, Path]:
+    """(the model widened ``factor`` times, a lookahead distilled for it), below ``directory``."""
     wide, file = directory / "wide", directory / "lookahead.safetensors"
-    widen_checkpoint(MODEL, wide, FACTOR)
+    widen_checkpoint(MODEL, wide, factor)
     _distilled().save(file, model=model_fingerprint(open_checkpoint(wide)))
     return wide, file
 

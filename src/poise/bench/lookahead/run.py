@@ -2,8 +2,8 @@
 
 Parts: ``choice``: width, rate and length of training; ``quality``: `poise distill` as it is, figures per layer; ``ceiling``:
 what bounds recall; ``domains``: online learning through switches of domain; ``prefetch``: experts foreseen, against the
-correlation table; ``engine``: the same in the engine, with the model widened; ``disk-2``, ``disk-1``, ``disk-0.5``: that on
-disks of 2, 1 and 0.5 GB/s, which takes root.
+correlation table; ``engine``: the same in the engine, with the model widened; ``disk-1``, ``disk-2-large``, ``disk-1-large``:
+that on slow disks, the last two with larger experts, which takes root.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from poise.bench.parts import Parts
 from poise.bench.publish import publish
 
 NAME = "lookahead"
-DISKS: Mapping[str, int] = {"disk-2": 2_000_000_000, "disk-1": 1_000_000_000, "disk-0.5": 500_000_000}
-"""Bytes a second."""
-PARTS = ("choice", "quality", "ceiling", "domains", "prefetch", "engine", *DISKS)
+PARTS = ("choice", "quality", "ceiling", "domains", "prefetch", "engine", *slow_disk.SLOW_DISKS)
 
 
 def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), steps: int | None = None) -> None:
@@ -38,7 +36,7 @@ def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), st
         "domains": domains.measure,
         "prefetch": prefetch.measure,
         "engine": engine.measure,
-        **{name: partial(slow_disk.measure, rate) for name, rate in DISKS.items()},
+        **{name: partial(slow_disk.measure, case) for name, case in slow_disk.SLOW_DISKS.items()},
     }
     done.run(measures)
     results: Mapping[str, Any] = {"model": "tiny-moe", "parts": done.results()}

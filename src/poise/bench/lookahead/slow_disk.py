@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,41 @@ from poise.engine.lookahead_use import LookaheadUse
 from poise.errors import PoiseError
 from poise.units import GIB
 
-MEMORY_BYTES = 2 * GIB
+MEMORY_BYTES = 5 * GIB
 """Of the process with its four engines, page cache included."""
-MODEL_BYTES = GIB
-"""More than the widened model takes on the disk."""
+MODEL_BYTES = 3 * GIB
+"""More than a widened model takes on the disk."""
 ROUNDS = 2
 TIMEOUT_S = 900.0
 
 
-def measure(read_bytes_per_s: int) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlowDisk:
+    """A disk, and what runs from it: the bundled model widened ``factor`` times, ``sequences`` at once."""
+
+    read_bytes_per_s: int
+    factor: int = FACTOR
+    sequences: tuple[int, ...] = SEQUENCES
+
+
+SLOW_DISKS = {
+    "disk-1": SlowDisk(read_bytes_per_s=1_000_000_000),
+    "disk-2-large": SlowDisk(read_bytes_per_s=2_000_000_000, factor=4 * FACTOR, sequences=(1,)),
+    "disk-1-large": SlowDisk(read_bytes_per_s=1_000_000_000, factor=4 * FACTOR, sequences=(1,)),
+}
+"""By the name of the part. Large experts: what a lookahead takes is less of a pass, and a miss costs four times as much."""
+
+
+def measure(case: SlowDisk) -> dict[str, Any]:
     """As part ``engine``, with what was enforced. Raises PoiseError where the disk cannot be limited."""
     with tempfile.TemporaryDirectory(prefix="poise-lookahead-") as scratch:
         require_disk(Path(scratch), MODEL_BYTES)
-        model, file = prepared(Path(scratch))
+        model, file = prepared(Path(scratch), case.factor)
         forget_cached(model)
-        with Limits(memory_bytes=MEMORY_BYTES, read_bytes_per_s=read_bytes_per_s, path=model) as limits:
+        with Limits(memory_bytes=MEMORY_BYTES, read_bytes_per_s=case.read_bytes_per_s, path=model) as limits:
             if limits.missing:
                 raise PoiseError(f"not enforced: {'; '.join(limits.missing)}")
-            job = json.dumps({"model": str(model), "file": str(file)})
+            job = json.dumps({"model": str(model), "file": str(file), "sequences": case.sequences})
             child = limits.run(
                 [sys.executable, "-m", "poise.bench.lookahead.slow_disk", job],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -51,11 +68,11 @@ def measure(read_bytes_per_s: int) -> dict[str, Any]:
                 raise PoiseError(f"the run ended with {child.returncode}: {child.stderr[-500:]}")
             found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
             return {
-                "read_bytes_per_s": read_bytes_per_s,
+                "read_bytes_per_s": case.read_bytes_per_s,
                 "limits_enforced": list(limits.enforced),
                 "peak_bytes": child.peak_bytes,
                 "rounds": ROUNDS,
-                "factor": FACTOR,
+                "factor": case.factor,
                 "slots": SLOTS,
                 **found,
             }
@@ -72,7 +89,7 @@ def main() -> None:
         "distilled, mixed": LookaheadUse(file=file, prefetches=True),
         "distilled, instead": LookaheadUse(file=file, prefetches=True, mixes=False),
     }
-    outcomes = [each for rows in SEQUENCES for each in measured(model, uses, prompts_of(rows), rounds=ROUNDS)]
+    outcomes = [each for rows in job["sequences"] for each in measured(model, uses, prompts_of(rows), rounds=ROUNDS)]
     print(json.dumps({"outcomes": [asdict(one) for one in outcomes]}))
 
 

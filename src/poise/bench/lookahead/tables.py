@@ -105,7 +105,9 @@ def _prefetch(part: Mapping[str, Any]) -> Iterator[Table]:
 
 def _engine(part: Mapping[str, Any]) -> Iterator[Table]:
     """Of ``engine``, and of the disks."""
-    disk = f", a disk of {part['read_bytes_per_s'] / 1e9} GB/s" if "read_bytes_per_s" in part else ""
+    disk = ""
+    if "read_bytes_per_s" in part:
+        disk = f", {part['factor']} times as wide, a disk of {part['read_bytes_per_s'] / 1e9:g} GB/s"
     rows = [
         [
             str(one["sequences"]),
