@@ -81,6 +81,16 @@ def test_a_rank_whose_load_is_steady_has_the_shape_of_the_others() -> None:
         assert found == pytest.approx(SLOW.seconds(tokens, active), rel=0.1)
 
 
+def test_a_common_line_and_paces_are_found_in_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = [times([FAST, SLOW, FAST], scatter=0.5, seed=seed) for seed in range(4)]
+    grid = np.full((1, 3), 700.0), np.full((1, 3), 2.0)
+    found = [costs.seconds_LR(*grid) for costs in (observed_costs(windows),) if costs is not None]
+    monkeypatch.setattr("poise.plan.observed_costs.MOST_ROUNDS", 5)
+    found += [costs.seconds_LR(*grid) for costs in (observed_costs(windows),) if costs is not None]
+    np.testing.assert_array_equal(*found, "more than five are allowed, and change nothing")
+    np.testing.assert_allclose(found[0], [[9e-4, 18e-4, 9e-4]], rtol=0.3)
+
+
 @pytest.mark.parametrize("curves", [None, rank_costs([FAST, FAST])])
 def test_costs_alone_are_those_that_come_with_errors(curves: RankCosts | None) -> None:
     windows = [times([FAST, SLOW], rows=rows, scatter=0.2, seed=rows) for rows in (3, 4, 5)]

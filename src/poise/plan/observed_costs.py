@@ -155,18 +155,20 @@ def rank_costs(observed_R: Sequence[ObservedCost | None]) -> RankCosts | None:
 
 
 def _lines(rows: Times) -> RankCosts:
-    """A line for each rank: the common one at its pace, and its own departure from that."""
+    """A line for each rank: the common one at its pace, and its own departure from that. While these are sought paces are of
+    each other: line and paces could else go on for ever, the one down as the others go up."""
     worked_NR = rows.worked_NR
-    pace_R = np.ones(worked_NR.shape[1])
+    pace_R = relative_R = np.ones(worked_NR.shape[1])
     common = ObservedCost(expert_s=0.0, token_s=0.0)
     for _ in range(MOST_ROUNDS):
-        scaled_NR = rows.seconds_NR / pace_R
+        scaled_NR = rows.seconds_NR / relative_R
         found = fit(rows.tokens_NR[worked_NR], rows.active_NR[worked_NR], scaled_NR[worked_NR])
         assert found is not None, "a rank has computed something"
         common = found
         found_R = _ratio_R(common.seconds(rows.tokens_NR, rows.active_NR), rows.seconds_NR, worked_NR)
-        last_R, pace_R = pace_R, np.where(np.isnan(found_R), np.nanmean(found_R), found_R)
-        if (np.abs(pace_R - last_R) < ROUND_FRAC * pace_R).all():
+        pace_R = np.where(np.isnan(found_R), np.nanmean(found_R), found_R)
+        last_R, relative_R = relative_R, pace_R / pace_R.mean()
+        if (np.abs(relative_R - last_R) < ROUND_FRAC * relative_R).all():
             break
     lines = [
         fit(rows.tokens_NR[:, rank], rows.active_NR[:, rank], rows.seconds_NR[:, rank], like=common.times(pace))
