@@ -11,7 +11,7 @@ from poise.report.step_figures import StepFigures, step_figures_of
 def layer_of(**values: list[list[list[float]]]) -> dict[str, np.ndarray]:
     """Two ranks, one pass, two layers; zero unless given."""
     names = ["routed_tokens", "home_pairs", "own_pairs", "guessed_wrong", "replicas_planned", "replicas_used"]
-    names += ["replica_bytes", "declined", "counts_s", "balance_s", "aux_s", "rested"]
+    names += ["replica_bytes", "declined", "late", "counts_s", "balance_s", "aux_s", "rested"]
     names += ["learnt_steps", "learnt_late", "learnt_s"]
     return {name: np.array(values.get(name, np.zeros((2, 1, 2))), dtype=float) for name in names}
 
@@ -27,6 +27,7 @@ def test_imbalance_before_and_after_guesses_and_what_is_exposed() -> None:
             replicas_used=[[[1, 0]], [[1, 0]]],
             replica_bytes=[[[100, 0]], [[60, 0]]],
             declined=[[[0, 1]], [[0, 1]]],
+            late=[[[1, 0]], [[0, 0]]],
             balance_s=[[[0.01, 0.01]], [[0.03, 0.01]]],
             counts_s=[[[0.5, 0.02]], [[0.04, 0.3]]],
             aux_s=[[[0.002, 0]], [[0.001, 0]]],
@@ -38,12 +39,12 @@ def test_imbalance_before_and_after_guesses_and_what_is_exposed() -> None:
     assert figures.exposed_s_L.tolist() == pytest.approx([0.02 + 0.04, 0.01 + 0.02])
     facts = figures.to_json()
     assert facts["guessed_wrong_frac"] == pytest.approx(6 / 60)
-    assert (facts["replicas_planned"], facts["replicas_used"], facts["declined"]) == (3, 2, 1)
+    assert (facts["replicas_planned"], facts["replicas_used"], facts["declined"], facts["late"]) == (3, 2, 1, 1)
     assert facts["exposed_frac"] == pytest.approx(0.09 / 1.2)
     first, guesses, replicas, cost = figures.lines("those who know")
     assert first.endswith("1.25 with experts at home, 1.05 with replicas")
     assert guesses == "predicted by those who know: 90% of the tokens for the experts that they went to"
-    assert replicas == "replicas: 2 used, 1 late, 160 B came; in 1 of 2 layers none paid"
+    assert replicas == "replicas: 2 used, 1 late, 160 B came; in 1 of 2 layers none paid, in 1 the plan came too late"
     assert cost.startswith("cost of it: 7.5% of the passes, and 3")
 
 

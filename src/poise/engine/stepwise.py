@@ -21,6 +21,7 @@ from poise.parallel.rank_experts import RankExperts
 from poise.parallel.replica_slots import ReplicaSlots
 from poise.parallel.replica_staging import Outlet
 from poise.parallel.replica_track import ReplicaTrack
+from poise.parallel.step_ahead import Inline, Planning
 from poise.parallel.step_balance import StepBalance
 from poise.parallel.step_costs import StepCosts
 from poise.parallel.step_options import StepOptions
@@ -67,21 +68,25 @@ def stepwise(
         most_work=options.most_work,
         costs=curves,
     )
-    return StepBalance(
-        group,
-        planner,
-        ReplicaTrack(
+    planning = Planning(
+        planner=planner,
+        windows=Windows(layers, links_R, chunk_bytes=chunk_bytes),
+        slots=slots,
+        track=ReplicaTrack(
             open_links(group),
             Outlet(experts.bytes_at_home, group.device, num_ranks=group.num_ranks, chunk_bytes=chunk_bytes).chunk,
             chunk_bytes=chunk_bytes,
             suspends=options.suspends,
         ),
-        slots,
-        StepCosts(group, curves),
-        Windows(layers, links_R, chunk_bytes=chunk_bytes),
-        CopyCost(slots.slot_bytes, has_engine=options.copy_engines or group.device.type == "cuda"),
-        forecast,
+        rank=group.rank,
         num_layers=layers,
+    )
+    return StepBalance(
+        group,
+        planning,
+        StepCosts(group, curves),
+        CopyCost(slots.slot_bytes, has_engine=options.copy_engines or group.device.type == "cuda"),
+        None if forecast is None else Inline(forecast, planning),
         num_experts=num_experts,
         rest=StepRest(RestRule()) if options.rests and options.predictor != "replayed" else None,
     )

@@ -54,6 +54,12 @@ class ReplicaSlots:
         self._stream = new_stream(device)
         self._used: list[torch.cuda.Event | None] = [None, None]
         self._in_use: int | None = None
+        self._half = 0
+
+    def turn(self) -> int:
+        """The half that the next layer's replicas come into: the other one than the last time."""
+        self._half ^= 1
+        return self._half
 
     def run(self, half: int, place: int, *, layer: int, expert: int) -> torch.Tensor:
         """The bytes (uint8) that hold an expert in a slot: to be filled."""

@@ -1,10 +1,10 @@
 """PROBE while ranks run: predicts each next layer's counts, fetches replicas behind compute, divides true tokens over copies.
 
 Life of a layer: counts (true ones of this layer, predicted ones of the next) go to all ranks in one exchange; true tokens are
-divided over homes and those replicas that have come to all who should have them; while tokens travel the next layer is planned;
-while experts and the next attention compute its replicas come (``parallel.replica_track``). Tokens follow the true router: a
-wrong guess costs balance, never outputs. The computing thread calls everything here. Letters: T tokens, K choices, R ranks,
-E experts, N replicas, L layers.
+divided over homes and those replicas that have come to all who should have them; while tokens travel the next layer is planned
+(or beside: ``parallel.step_ahead``); while experts and the next attention compute its replicas come
+(``parallel.replica_track``). Tokens follow the true router: a wrong guess costs balance, never outputs. The computing thread
+calls everything here. Letters: T tokens, K choices, R ranks, E experts, N replicas, L layers.
 Source: PROBE (arXiv 2602.00509), section 5.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -21,21 +22,17 @@ from poise.model.layout import Weights
 from poise.model.lookahead import counted_E
 from poise.parallel.copy_cost import CopyCost
 from poise.parallel.exchange import Coming
-from poise.parallel.forecast import Forecast
 from poise.parallel.group import RankGroup
-from poise.parallel.plan_trust import PlanTrust, promised_s
-from poise.parallel.replica_slots import ReplicaSlots
-from poise.parallel.replica_track import ReplicaTrack
+from poise.parallel.plan_trust import PlanTrust
 from poise.parallel.routes import Copies, Routes, route, route_by
+from poise.parallel.step_ahead import Foreseen, Foresight, PlannerChange, Planning, Spoken
 from poise.parallel.step_costs import StepCosts
-from poise.parallel.step_news import Ints, RankNews, StepNews, told
+from poise.parallel.step_exposed import fetch_exposed
+from poise.parallel.step_news import Ints, RankNews, StepNews, exchanged
 from poise.parallel.step_note import StepNote, Travel
 from poise.parallel.step_plan import StepPlan
 from poise.parallel.step_planner import NO_REPLICAS, StepPlanner
-from poise.parallel.step_windows import Windows
-from poise.plan.balance import BalancePlan
 from poise.plan.compiled import arithmetic
-from poise.plan.rank_costs import Floats
 from poise.plan.step_looks import StepLooks
 from poise.plan.step_rest import StepRest
 from poise.spec.timeline import COMPUTE, EXCHANGE, Span, Timeline
@@ -44,29 +41,24 @@ logger = logging.getLogger(__name__)
 
 KEEP = 0.9
 """Of what a layer is known to take, when another one has been balanced."""
-LEAST_WAIT_S, EXPOSED_WAIT = 0.05, 4.0
-"""Replicas that ranks wait for are given up after so long, and so many times what fetching should take."""
 
 
 class StepBalance:
-    """Of one rank. ``forecast``: None plans behind the router, and waits for the replicas. ``rest``: None: it never rests."""
+    """Of one rank. ``planning``: with what tokens are divided. ``ahead``: None plans behind the router, and waits for the
+    replicas. ``rest``: None: it never rests."""
 
     def __init__(
         self,
         group: RankGroup,
-        planner: StepPlanner,
-        track: ReplicaTrack,
-        slots: ReplicaSlots,
+        planning: Planning,
         costs: StepCosts,
-        windows: Windows,
         copies: CopyCost,
-        forecast: Forecast | None,
+        ahead: Foresight | None,
         *,
-        num_layers: int,
         num_experts: int,
         rest: StepRest | None = None,
     ) -> None:
-        self._rest, self._looks = rest, StepLooks(num_layers)
+        self._rest, self._looks = rest, StepLooks(planning.num_layers)
         self.rests = False
         """Whether the pass at hand runs as without balancing."""
         self._saved_s = self._spent_s = 0.0
@@ -74,18 +66,12 @@ class StepBalance:
         self._look_s = 0.0
         """What predicting, planning and dividing of one layer have lately taken here."""
         self._group, self._rank = group, group.rank
-        self._planner, self.track, self._slots = planner, track, slots
-        self._costs, self._windows, self._copies, self._forecast = costs, windows, copies, forecast
-        self._num_layers, self._num_experts = num_layers, num_experts
-        self._plan: StepPlan | None = None
-        """Of the layer to come."""
+        self._planning, self._planner = planning, planning.planner
+        self.track, self._slots, self._windows = planning.track, planning.slots, planning.windows
+        self._costs, self._copies, self._ahead = costs, copies, ahead
+        self._num_experts = num_experts
         self._trust = PlanTrust()
-        self._promised_s, self._planned_pairs = 0.0, 0
-        """By that plan, for so many (token, expert) pairs."""
-        self._heard: tuple[int, StepNews, tuple[Floats, Floats]] | None = None
-        """At which layer, what, and rows over pairs that travel into and out of each rank."""
-        self._half = 0
-        self._guess_E: Ints | None = None
+        self._heard: StepNews | None = None
         self._computed = (0, 0, 0.0)
         self._permille = (1000, 1000)
         self._aux_s = 0.0
@@ -99,16 +85,18 @@ class StepBalance:
     @property
     def predictor(self) -> str:
         """Who says what the next layer's tokens will choose."""
-        return "nobody" if self._forecast is None else self._forecast.name
+        return "nobody" if self._ahead is None else self._ahead.name
 
     @property
     def timeline(self) -> Timeline | None:
-        """Gets spans of what is done here, and of the track."""
+        """Gets spans of what is done here, on the track, and ahead."""
         return self.track.timeline
 
     @timeline.setter
     def timeline(self, timeline: Timeline | None) -> None:
         self.track.timeline = timeline
+        if self._ahead is not None:
+            self._ahead.timeline = timeline
 
     def get_ready(self) -> None:
         """All ranks at once: returns when planners are compiled: by rank 0, whose machine code the others take. Raises
@@ -143,16 +131,17 @@ class StepBalance:
                 self._looks.forget()
             if self.rests and not rested:
                 self._windows.close()
-                self._guess_E, self._plan = None, None
+                if self._ahead is not None:
+                    self._ahead.end()
                 self.track.end_fetch()
         if self._costs.begin_pass():
-            self._planner.set_costs(self._costs.costs)
+            self._change(partial(StepPlanner.set_costs, costs=self._costs.costs))
         self._looks.begin(tokens)
         for layer in changed:
-            self._planner.set_homes(layer, slot_to_expert_LS[layer])
+            self._change(partial(StepPlanner.set_homes, layer=layer, slot_to_expert_S=slot_to_expert_LS[layer]))
             self._looks.forget(layer)
-        if self._plan is not None and 0 in changed:
-            self._plan = None  # of homes that are no more
+        if self._ahead is not None and 0 in changed:
+            self._ahead.drop()  # a plan of homes that are no more
             self.track.end_fetch()
 
     def routes(
@@ -166,39 +155,37 @@ class StepBalance:
         self.note = note = StepNote()
         choice_TK = choice_TK.cpu()  # where counts and routes are found
         own_E = counted_E(choice_TK, self._num_experts)
-        plan, bits = self._end_fetch(layer)
-        pays = self._planner.has_choice(layer) or (plan is not None and plan.pays)
-        following = (layer + 1) % self._num_layers
-        is_idle = not pays and self._forecast is not None and self._is_alike and not self._looks.looks_at(following)
-        if is_idle:
+        foreseen, bits = self._end_fetch(layer)
+        plan, has_choice = foreseen.plan, self._planner.has_choice(layer)
+        looks = self._looks.looks_at(self._planning.following(layer))
+        if self._is_alike and not (looks or has_choice or foreseen.may_pay or self._ahead is None):
             self._pass_over(layer, own_E, began_s)
             return route(choice_TK, copies, source_rank=self._rank, device=hidden_TH.device), None
+        pays = has_choice or (plan is not None and plan.pays)
         home = None if pays else route(choice_TK, copies, source_rank=self._rank, device=hidden_TH.device)
-        guess_E = self._guess(following, layer, own_E, hidden_TH, choice_TK)
-        asked_s = perf_counter()
         own = self._own_news(layer, len(hidden_TH), plan, bits, pays=pays)
-        news = self._exchanged(own, own_E, guess_E, home)
+        guess_E = self._look(Spoken(hidden_TH=hidden_TH, choice_TK=choice_TK, own_E=own_E, news=own), foreseen, looks)
+        asked_s = perf_counter()
+        news = exchanged(self._group, own, own_E, guess_E, None if home is None else home.sent_R)
         heard_s = perf_counter()
         note.told_s = heard_s - asked_s
         self._windows.end(layer)
         self._costs.saw(news)
         self._is_alike = news.is_same("arithmetic")
-        fracs = news.of("in_permille") / 1e3, news.of("out_permille") / 1e3
-        self._heard = layer, news, fracs
+        self._heard = news
         came_N3, waited_s = NO_REPLICAS, 0.0
-        if self._forecast is None:
-            plan, came_N3, waited_s = self._fetch_exposed(layer, news, fracs)
+        if self._ahead is None:
+            plan, came_N3, waited_s = fetch_exposed(self._group, self._planning, news, note)
         elif plan is not None:
             came_N3 = plan.came(news)
         self.replicas = {} if plan is None else plan.weights(self._slots, came_N3)
         note.home_pairs = self._planner.home_pairs(layer, news.counts_RE, self._rank)
         note.replicas_used = len(self.replicas)
-        is_as_planned = plan is not None and 2 * abs(self._planned_pairs - news.pairs) <= self._planned_pairs
-        promised, self._promised_s = self._promised_s if is_as_planned else 0.0, 0.0
-        divided = self._planner.dispatch(layer, news.counts_RE, came_N3, *fracs, rank=self._rank)
+        is_as_planned = 2 * abs(foreseen.pairs - news.pairs) <= foreseen.pairs
+        divided = self._planner.dispatch(layer, news.counts_RE, came_N3, *news.fracs, rank=self._rank)
         saved_s, coming = 0.0 if divided is None else divided[2], None
-        self._trust.saw(promised, saved_s)
-        if plan is not None and self._forecast is not None:
+        self._trust.saw(foreseen.promised_s if is_as_planned else 0.0, saved_s)
+        if self._ahead is not None and news.of("plan").any():
             self._looks.saw(layer, pays=saved_s > float(news.of("look_us").mean()) / 1e6)
         if divided is None:
             routes = home or route(choice_TK, copies, source_rank=self._rank, device=hidden_TH.device)
@@ -232,15 +219,8 @@ class StepBalance:
         if self._heard is None:
             return  # nobody has told anything
         began_s = perf_counter()
-        layer, news, fracs = self._heard
-        following = (layer + 1) % self._num_layers
-        window_s_R = self._windows.window_s_R(news, layer)
-        if self._forecast is not None:
-            copy_s_R = news.of("copy_us") / 1e3 / float(news.of("trust_permille")[0])
-            plan = self._planner.plan(following, news.predicted_RE, window_s_R, *fracs, copy_s_R)
-            self._plan = self._begin(plan, following)
-            self._promised_s = promised_s(plan, copy_s_R) if copy_s_R.any() else 0.0
-            self._planned_pairs = int(news.predicted_RE.sum())
+        if self._ahead is not None:
+            self._ahead.rows_leave(self._heard)
         took_s = perf_counter() - began_s
         self.note.balance_s += took_s
         self._look_s = (
@@ -271,14 +251,21 @@ class StepBalance:
         self._permille = travel.permille
         self._slots.used()
         self.replicas = {}
-        aux_s = self.track.cpu_s
+        aux_s = self.track.cpu_s + (0.0 if self._ahead is None else self._ahead.cpu_s)
         self.note.aux_s, self._aux_s = aux_s - self._aux_s, aux_s
-        taken_s = self._copies.saw(aux_s, self.track.moved_bytes)
-        self._spent_s += taken_s if self._forecast is not None else 0.0  # who waits for replicas has counted that
+        taken_s = self._copies.saw(self.track.cpu_s, self.track.moved_bytes)
+        self._spent_s += taken_s if self._ahead is not None else 0.0  # who waits for replicas has counted that
 
     def close(self) -> None:
-        """Ends the track."""
+        """Ends the threads."""
+        if self._ahead is not None:
+            self._ahead.close()
         self.track.close()
+
+    def _change(self, change: PlannerChange) -> None:
+        change(self._planner)
+        if self._ahead is not None:
+            self._ahead.change(change)
 
     def _show(self, layer: int, began_s: float, asked_s: float, heard_s: float, ended_s: float) -> None:
         if self.timeline is None:
@@ -289,42 +276,40 @@ class StepBalance:
 
     def _pass_over(self, layer: int, own_E: Ints, began_s: float) -> None:
         """As without balancing: no replica computes here, and nobody asks for one in the next layer."""
-        assert self._forecast is not None, "who plans behind the router looks at each layer"
-        self._forecast.saw(layer, own_E)
+        assert self._ahead is not None, "who plans behind the router looks at each layer"
+        self._ahead.saw(layer, own_E)
         self.note.rested, self.note.declined = 1, 0
         self._windows.end(layer)
         self._trust.saw(0.0, 0.0)
-        self._heard, self._guess_E, self._promised_s, self.replicas = None, None, 0.0, {}
+        self._heard, self.replicas = None, {}
         self.note.balance_s = perf_counter() - began_s
         self._spent_s += self.note.balance_s
 
-    def _end_fetch(self, layer: int) -> tuple[StepPlan | None, int]:
-        """The plan for this layer, and which of its replicas are here."""
+    def _end_fetch(self, layer: int) -> tuple[Foreseen, int]:
+        """What was foreseen of this layer, and which of its replicas are here."""
         self.track.check(self._group)
+        foreseen = Foreseen() if self._ahead is None else self._ahead.end()
         fetched = self.track.end_fetch()
-        if self._forecast is not None:
+        if self._ahead is not None:
             self._windows.fetched(fetched)
-        self.note.replica_bytes = fetched.nbytes
-        plan, self._plan = self._plan, None
-        if plan is None or plan.layer != layer:
-            return None, 0
+        self.note.replica_bytes, self.note.late = fetched.nbytes, int(foreseen.is_late)
+        plan = foreseen.plan
+        if plan is None:
+            return foreseen, 0
+        assert plan.layer == layer, f"replicas of MoE layer {plan.layer} came for layer {layer}"
         self.note.declined = int(not plan.pays)
         self.note.replicas_planned = len(fetched.arrived)
-        return plan, plan.arrived_bits(fetched)
+        return foreseen, plan.arrived_bits(fetched)
 
-    def _guess(self, following: int, layer: int, own_E: Ints, hidden_TH: torch.Tensor, choice_TK: torch.Tensor) -> Ints:
-        pairs = int(own_E.sum())
-        if self._guess_E is not None:
-            self.note.guessed_wrong = int(np.abs(self._guess_E - own_E).sum()) // 2
-        if self._guess_E is not None or self._forecast is None:
-            self.note.own_pairs = pairs
-        if self._forecast is None:
+    def _look(self, spoken: Spoken, foreseen: Foreseen, is_wanted: bool) -> Ints:
+        """At the layer to come; and what the last look was worth."""
+        if foreseen.guess_E is not None:
+            self.note.guessed_wrong = int(np.abs(foreseen.guess_E - spoken.own_E).sum()) // 2
+        if foreseen.guess_E is not None or self._ahead is None:
+            self.note.own_pairs = int(spoken.own_E.sum())
+        if self._ahead is None:
             return np.zeros(self._num_experts, dtype=np.int64)
-        self._forecast.saw(layer, own_E)
-        is_padded = pairs < choice_TK.numel()
-        real_T = (choice_TK < self._num_experts).any(dim=1).to(hidden_TH.device) if is_padded else None
-        self._guess_E = self._forecast.counts_E(following, hidden_TH, real_T)
-        return self._guess_E
+        return self._ahead.look(spoken, is_wanted=is_wanted)
 
     def _own_news(self, layer: int, tokens: int, plan: StepPlan | None, bits: int, *, pays: bool) -> RankNews:
         pairs, active, seconds = self._computed
@@ -336,7 +321,7 @@ class StepBalance:
             plan=0 if plan is None else plan.digest,
             pays=pays,
             arrived=bits,
-            window_us=self._windows.window_us((layer + 1) % self._num_layers),
+            window_us=self._windows.window_us(self._planning.following(layer)),
             fetch_kb_s=self._windows.fetch_kb_s,
             copy_us=self._copies.copy_us,
             look_us=round(1e6 * self._look_s),
@@ -347,45 +332,3 @@ class StepBalance:
             active=active,
             compute_us=round(1e6 * seconds),
         )
-
-    def _exchanged(self, own: RankNews, own_E: Ints, guess_E: Ints, home: Routes | None = None) -> StepNews:
-        rows_R = (0,) * self._group.num_ranks if home is None else home.sent_R
-        row = told(own, own_E, guess_E, rows_R)
-        rows_RN = np.empty((len(rows_R), len(row)), dtype=np.int64)
-        rows_RN[:] = row  # straight to all: Gloo's gather goes round a ring
-        sent_RN, one_each = torch.from_numpy(rows_RN).to(self._group.device), [1] * len(rows_R)
-        heard_RN = torch.empty_like(sent_RN)
-        self._group.all_to_all(heard_RN, sent_RN, one_each, one_each)
-        news = StepNews.heard(heard_RN.cpu().numpy())
-        assert set(news.of("layer").tolist()) == {own.layer}, f"ranks stand at different MoE layers: {news.of('layer')}"
-        return news
-
-    def _begin(self, plan: BalancePlan | None, layer: int) -> StepPlan | None:
-        if plan is None:
-            return None
-        self._half ^= 1
-        made = StepPlan.of(plan, layer=layer, rank=self._rank, half=self._half)
-        self.track.fetch(layer, made.wanted(self._slots))
-        return made
-
-    def _fetch_exposed(
-        self, layer: int, news: StepNews, fracs: tuple[Floats, Floats]
-    ) -> tuple[StepPlan | None, Ints, float]:
-        """Behind the router: replicas that pay although all wait for them, and how long that took."""
-        expert_s_R = self._slots.slot_bytes / np.array(self._windows.rate_R(news))
-        plan = self._planner.plan_exposed(layer, news.counts_RE, expert_s_R, *fracs)
-        self.note.declined = int(plan is None)
-        made = self._begin(plan, layer)
-        if plan is None or made is None:
-            self._windows.fetched(self.track.end_fetch())  # nothing: what is known of the rate is doubted
-            return None, NO_REPLICAS, 0.0
-        began_s = perf_counter()
-        moved_RR = plan.transfers_RR
-        most = int(max(moved_RR.sum(axis=0).max(), moved_RR.sum(axis=1).max()))
-        fetched = self.track.finish(within_s=LEAST_WAIT_S + EXPOSED_WAIT * most * float(expert_s_R.max()))
-        self._windows.fetched(fetched)
-        self.note.replica_bytes, self.note.replicas_planned = fetched.nbytes, len(fetched.arrived)
-        nothing_E = np.zeros(self._num_experts, dtype=np.int64)
-        own = RankNews(layer=layer, plan=made.digest, arrived=made.arrived_bits(fetched))
-        came_N3 = made.came(self._exchanged(own, nothing_E, nothing_E))
-        return made, came_N3, perf_counter() - began_s

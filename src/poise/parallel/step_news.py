@@ -13,8 +13,12 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from poise.parallel.group import RankGroup
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +33,7 @@ class RankNews:
     ``look_us``: what predicting, planning and dividing take in a layer; ``trust_permille``: see ``parallel.plan_trust``.
     ``in_permille``, ``out_permille``: rows over (token, expert) pairs that travel.
     ``pairs``, ``active``, ``compute_us``: what it computed in the layer before, all 0 for none.
+    ``late``: it has begun the layer to come, so that nobody need plan it; only where a thread of its own tells this.
     """
 
     layer: int
@@ -47,6 +52,7 @@ class RankNews:
     pairs: int = 0
     active: int = 0
     compute_us: int = 0
+    late: bool = False
 
 
 NUM_FIELDS = len(fields(RankNews))
@@ -76,6 +82,18 @@ class StepNews:
     predicted_RE: Ints
     rows_RR: Ints
 
+    @property
+    def fracs(self) -> tuple[Floats, Floats]:
+        """Rows that travel over pairs that do, into and out of each rank."""
+        return self.of("in_permille") / 1e3, self.of("out_permille") / 1e3
+
+    @property
+    def layer(self) -> int:
+        """Where all ranks stand."""
+        layers = set(self.of("layer").tolist())
+        assert len(layers) == 1, f"ranks stand at different MoE layers: {sorted(layers)}"
+        return int(layers.pop())
+
     @classmethod
     def heard(cls, rows_RN: Ints) -> Self:
         """From all ranks' rows."""
@@ -97,3 +115,18 @@ class StepNews:
     def of(self, field: str) -> Ints:
         """One of the fields of ``RankNews``, of each rank."""
         return self.numbers_RF[:, _PLACE[field]]
+
+
+def exchanged(
+    group: RankGroup, own: RankNews, own_E: Ints, predicted_E: Ints, rows_R: Sequence[int] | None = None
+) -> StepNews:
+    """All ranks at once, at one layer: what each ``told``. ``rows_R``: None for none. Raises RankLostError."""
+    row = told(own, own_E, predicted_E, rows_R or (0,) * group.num_ranks)
+    rows_RN = np.empty((group.num_ranks, len(row)), dtype=np.int64)
+    rows_RN[:] = row  # straight to all: Gloo's gather goes round a ring
+    sent_RN, one_each = torch.from_numpy(rows_RN).to(group.device), [1] * group.num_ranks
+    heard_RN = torch.empty_like(sent_RN)
+    group.all_to_all(heard_RN, sent_RN, one_each, one_each)
+    news = StepNews.heard(heard_RN.cpu().numpy())
+    assert news.layer == own.layer, "ranks stand at different MoE layers"
+    return news

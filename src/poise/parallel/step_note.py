@@ -12,10 +12,11 @@ class StepNote:
     ``home_pairs``: (token, expert) pairs that it would have computed with its experts at home alone. ``own_pairs``: of its own
     tokens, where these were predicted or nobody predicts, of which ``guessed_wrong`` were predicted for other experts.
     ``replicas_planned`` for it, of which ``replicas_used`` came in time; ``replica_bytes`` came in all. ``declined``: 1 where
-    nothing paid. ``told_s``: to tell and hear counts and, behind the router, to get replicas. ``counts_s``: what of waiting
-    would not be without balancing: messages beyond the one that there is anyway, replicas that are waited for. ``balance_s``:
-    predicting, planning and dividing on the computing thread (planning while rows travel); ``aux_s``: processor time of the
-    auxiliary thread. ``rested``: 1 where it rested, in this layer (``plan.step_looks``) or as a whole.
+    nothing paid; ``late``: 1 where no plan was there in time. ``told_s``: to tell and hear counts and, behind the router, to
+    get replicas. ``counts_s``: what of waiting would not be without balancing: messages beyond the one that there is anyway,
+    replicas that are waited for. ``balance_s``: predicting, planning and dividing on the computing thread (planning while rows
+    travel); ``aux_s``: processor time of the auxiliary threads. ``rested``: 1 where it rested, in this layer
+    (``plan.step_looks``) or as a whole.
     ``learnt_steps``, ``learnt_s``, ``learnt_late``: what the predictor did since the layer before (``parallel.learning``).
     """
 
@@ -26,6 +27,7 @@ class StepNote:
     replicas_used: int = 0
     replica_bytes: int = 0
     declined: int = 0
+    late: int = 0
     counts_s: float = 0.0
     balance_s: float = 0.0
     aux_s: float = 0.0

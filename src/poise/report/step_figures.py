@@ -32,7 +32,8 @@ class StepFigures(OfPasses):
 
     ``home_imbalance``: of (token, expert) pairs, had each rank computed its experts at home alone; ``imbalance``: as it was.
     ``own_pairs``, of which ``guessed_wrong`` were predicted for other experts. ``replicas_planned``, ``replicas_used``: those
-    between came too late, or not at all. ``replica_bytes``: of all that came. ``declined``: layers in which nothing paid.
+    between came too late, or not at all. ``replica_bytes``: of all that came. ``declined``: layers in which nothing paid;
+    ``late``: in which no plan was there in time.
     ``exposed_s``: predicting, planning, dividing, and the message of counts: what passes are longer for it, mean over ranks.
     ``aux_s``: processor time of the auxiliary threads. ``rested``: layers in which nothing was predicted or planned, as that
     would have cost more than it brings. ``learnt_steps`` of all ranks' predictors, of which ``learnt_late`` ended when nobody
@@ -47,6 +48,7 @@ class StepFigures(OfPasses):
     replicas_used_P: Floats
     replica_bytes_P: Floats
     declined_P: Floats
+    late_P: Floats
     exposed_s_P: Floats
     aux_s_P: Floats
     rested_P: Floats
@@ -61,6 +63,7 @@ class StepFigures(OfPasses):
     replicas_used_L: Floats
     replica_bytes_L: Floats
     declined_L: Floats
+    late_L: Floats
     exposed_s_L: Floats
     aux_s_L: Floats
     rested_L: Floats
@@ -79,6 +82,7 @@ class StepFigures(OfPasses):
             "replicas_used": float(self.replicas_used_P.sum()),
             "replica_bytes": float(self.replica_bytes_P.sum()),
             "declined": float(self.declined_P.sum()),
+            "late": float(self.late_P.sum()),
             "rested_passes": int((self.rested_P == len(self.rested_L)).sum()),
             "rested_layers": float(self.rested_P.sum()),
             "exposed_frac": _share(self.exposed_s_P, self.pass_s_P),
@@ -94,6 +98,7 @@ class StepFigures(OfPasses):
         """For people: how even the steps became, by whose predictions, with how many replicas, and for how much."""
         planned, used = self.replicas_planned_P.sum(), self.replicas_used_P.sum()
         rested, layers = self.rested_P.sum(), self.passes * len(self.rested_L)
+        late = f", in {self.late_P.sum():.0f} the plan came too late" if self.late_P.any() else ""
         rests = f"; it rested in {rested:.0f} of {layers} layers, where it costs more than it brings" if rested else ""
         return [
             f"steps balanced: tokens, most of a rank over the mean, {self.home_imbalance_P.mean():.2f} with experts at home, "
@@ -101,7 +106,7 @@ class StepFigures(OfPasses):
             f"predicted by {predictor}: {1 - _share(self.guessed_wrong_P, self.own_pairs_P):.0%} of the tokens for the experts "
             f"that they went to{self._learnt()}",
             f"replicas: {used:.0f} used, {planned - used:.0f} late, {format_bytes(float(self.replica_bytes_P.sum()))} came; "
-            f"in {self.declined_P.sum():.0f} of {layers - rested:.0f} layers none paid",
+            f"in {self.declined_P.sum():.0f} of {layers - rested:.0f} layers none paid{late}",
             f"cost of it: {_share(self.exposed_s_P, self.pass_s_P):.1%} of the passes, and "
             f"{format_s(float(self.aux_s_P.sum()))} of processor time aside on all ranks{rests}",
         ]
@@ -120,7 +125,7 @@ class StepFigures(OfPasses):
 def step_figures_of(layer: Mapping[str, Floats], pass_s_RP: Floats) -> StepFigures:
     """``layer``: by name of a field of ``parallel.moe_layer.LayerRecord``, its value of each rank, pass and layer (R, P, L)."""
     sums_PL = {name: layer[name].sum(axis=0) for name in SUMMED}
-    sums_PL |= {name: layer[name].max(axis=0) for name in ("declined", "rested")}
+    sums_PL |= {name: layer[name].max(axis=0) for name in ("declined", "late", "rested")}
     sums_PL["exposed_s"] = layer["balance_s"].mean(axis=0) + layer["counts_s"].min(axis=0)
     sums_PL["learnt_s"] = layer["learnt_s"].mean(axis=0)
     home_PL, now_PL = over_mean(layer["home_pairs"]), over_mean(layer["routed_tokens"])
