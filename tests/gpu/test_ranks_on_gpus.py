@@ -83,7 +83,8 @@ def test_experts_move_between_gpus_while_tokens_are_generated(
     ("ranks", "steps", "policy"),
     [
         (2, StepOptions(predictor="last", rests=False), None),
-        (4, StepOptions(predictor="gate", rests=False), None),
+        (4, StepOptions(predictor="gate", rests=False, ahead="inline"), None),
+        (4, StepOptions(predictor="gate", rests=False, ahead="thread", online=True), Rotate()),
         (4, StepOptions(predictor="none", rests=False), None),
         (4, StepOptions(predictor="last", suspends=False, chunk_bytes=1000, rests=False), Rotate()),
     ],
@@ -102,8 +103,9 @@ def test_replicas_come_to_gpus_while_tokens_are_generated(
     records_R = [result["records"] for result in results]
     assert sum(record.note.replicas_used for records in records_R for record in records) > 0, "no replica came"
     for layer in zip(*records_R, strict=True):
-        routed = sum(record.routed_tokens for record in layer)
-        assert sum(record.note.own_pairs for record in layer) in (0, routed), "all, or nobody was asked"
+        if not any(record.note.late for record in layer):
+            routed = sum(record.routed_tokens for record in layer)
+            assert sum(record.note.own_pairs for record in layer) in (0, routed), "all, or nobody was asked"
     if policy is not None:
         assert results[0]["moved"] > 0
 

@@ -210,5 +210,7 @@ def test_the_command_knows_what_the_engine_has() -> None:
     assert tuple(name for name, named in balances.BALANCES.items() if named.steps is not None) == STEPWISE
     assert AUTO == balances.AUTO
     assert StepOptions(replica_slots=MOST_REPLICA_SLOTS)
+    with pytest.raises(UsageError, match="planned 'before'; choose one of auto, inline, thread"):
+        StepOptions(ahead="before")
     with pytest.raises(UsageError, match="replica slots are 17"):
         StepOptions(replica_slots=MOST_REPLICA_SLOTS + 1)

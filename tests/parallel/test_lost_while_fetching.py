@@ -24,7 +24,7 @@ QUICK = Patience(start_s=60.0, beat_s=0.1, silent_s=2.0, behind_s=2.0, leave_s=4
 WITHIN_S = 15.0
 
 
-def generate(launch: Launch, path: Path, prompts: list[list[int]], directory: Path, act: str) -> None:
+def generate(launch: Launch, path: Path, prompts: list[list[int]], directory: Path, act: str, ahead: str) -> None:
     """Rank 1 does something when it is to give its first chunk."""
     answer = ReplicaTrack._answer
 
@@ -40,7 +40,7 @@ def generate(launch: Launch, path: Path, prompts: list[list[int]], directory: Pa
 
     if launch.rank == 1:
         ReplicaTrack._answer = meddle  # type: ignore[method-assign]
-    steps: dict[str, Any] = {"balance": "probe", "steps": StepOptions(predictor="last", rests=False)}
+    steps: dict[str, Any] = {"balance": "probe", "steps": StepOptions(predictor="last", rests=False, ahead=ahead)}
     with ParallelLLM(path, launch, memory="2GiB", patience=QUICK, groups=[(2, 1)], **steps) as llm:
         dawdle_in(llm.runner.model)
         if launch.rank > 0:
@@ -51,18 +51,24 @@ def generate(launch: Launch, path: Path, prompts: list[list[int]], directory: Pa
 
 
 @pytest.mark.parametrize(
-    ("act", "codes", "said"),
+    ("act", "ahead", "codes", "said"),
     [
-        ("die", [1, -signal.SIGKILL, 1], "rank 1 has died"),
-        ("interrupt", [1, 130, 1], "rank 1 gave up: interrupted"),
-        ("stall", [1, 1, 1], "does not come from rank 1"),
+        ("die", "thread", [1, -signal.SIGKILL, 1], "rank 1 has died"),
+        ("interrupt", "inline", [1, 130, 1], "rank 1 gave up: interrupted"),
+        ("stall", "inline", [1, 1, 1], "does not come from rank 1"),
     ],
 )
 def test_all_ranks_end(
-    act: str, codes: list[int], said: str, checkpoint: MakeCheckpoint, draw_prompts: DrawPrompts, tmp_path: Path
+    act: str,
+    ahead: str,
+    codes: list[int],
+    said: str,
+    checkpoint: MakeCheckpoint,
+    draw_prompts: DrawPrompts,
+    tmp_path: Path,
 ) -> None:
     prompts = draw_prompts((5, 7, 9, 6, 8, 4, 3, 7, 9, 5, 6, 8))
-    ranks = start_ranks(generate, 3, tmp_path, checkpoint("qwen3_moe"), prompts, tmp_path, act)
+    ranks = start_ranks(generate, 3, tmp_path, checkpoint("qwen3_moe"), prompts, tmp_path, act, ahead)
     deadline = time.monotonic() + 60
     while not (tmp_path / "began").exists():
         assert time.monotonic() < deadline, "\n".join(ranks.output(rank) for rank in range(3))

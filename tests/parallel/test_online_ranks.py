@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import pytest
 
 from poise.engine.parallel_llm import ParallelLLM
 from poise.engine.sampling import SamplingParams
@@ -20,9 +21,9 @@ from tests.ranks import start_ranks
 TOKENS, CALLS = 3, 20
 
 
-def generate_again_and_again(launch: Launch, path: Path, prompts: list[list[int]]) -> dict[str, Any]:
+def generate_again_and_again(launch: Launch, path: Path, prompts: list[list[int]], ahead: str) -> dict[str, Any]:
     """The same traffic in each call; tokens of each on rank 0, and what every rank took down of the predicted layer."""
-    steps = StepOptions(online=True, rests=False)
+    steps = StepOptions(online=True, rests=False, ahead=ahead)
     with ParallelLLM(
         path, launch, memory="2GiB", patience=PATIENT, balance="probe", steps=steps, groups=[(4, 2)]
     ) as llm:
@@ -42,11 +43,17 @@ def generate_again_and_again(launch: Launch, path: Path, prompts: list[list[int]
         return {"tokens": tokens, "records": records, "lines": lines, "elapsed_s": perf_counter() - began_s}
 
 
-def test_predictors_of_two_ranks_learn_in_their_waits_and_text_stays_the_same(
-    checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
+@pytest.mark.parametrize(("ahead", "where"), [("inline", ""), ("thread", ", on a thread of its own")])
+def test_predictors_of_two_ranks_learn_and_text_stays_the_same(
+    ahead: str,
+    where: str,
+    checkpoint: MakeCheckpoint,
+    reference: Reference,
+    draw_prompts: DrawPrompts,
+    tmp_path: Path,
 ) -> None:
     path, prompts = checkpoint("qwen3_moe"), draw_prompts((40, 31, 36, 25, 33, 28, 22, 38))
-    results = start_ranks(generate_again_and_again, 2, tmp_path, path, prompts).results(within_s=120)
+    results = start_ranks(generate_again_and_again, 2, tmp_path, path, prompts, ahead).results(within_s=120)
     assert results[0]["tokens"] == [[expected(reference(path), prompt, TOKENS) for prompt in prompts]] * CALLS
     for result in results:
         notes = [record.note for record in result["records"]]
@@ -59,5 +66,6 @@ def test_predictors_of_two_ranks_learn_in_their_waits_and_text_stays_the_same(
         begin, end = (np.sum(wrong[part]) / np.sum(own[part]) for part in (slice(0, 15), slice(-15, None)))
         assert end < 0.8 * begin, f"{begin:.0%} of the tokens were guessed wrong at first, {end:.0%} at last"
     line = results[0]["lines"][-1]
-    assert line.startswith("predicted by routers and residuals, asked a layer early (1 of 2 layers), learning online: ")
+    who = f"routers and residuals, asked a layer early (1 of 2 layers), learning online{where}"
+    assert line.startswith(f"predicted by {who}: ")
     assert "steps of learning meanwhile" in line

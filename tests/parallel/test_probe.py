@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from poise.engine.vibe import Vibe
 from poise.model.inspect import find_experts
 from poise.parallel.launch import Launch
 from poise.parallel.moe_layer import ExpertParallelLayers, LayerRecord
+from poise.parallel.row_links import RowLinks
 from poise.parallel.step_options import StepOptions
 from poise.plan.rebalance import Rebalance
 from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
@@ -82,10 +84,12 @@ def generate(
 @pytest.mark.parametrize(
     ("ranks", "steps", "policy"),
     [
-        (2, StepOptions(predictor="last", rests=False), None),
-        (4, StepOptions(predictor="gate", rests=False), None),
+        (2, StepOptions(predictor="last", rests=False, ahead="inline"), None),
+        (4, StepOptions(predictor="gate", rests=False, ahead="inline"), None),
+        (4, StepOptions(predictor="gate", rests=False, ahead="thread"), Rotate()),
+        (2, StepOptions(predictor="gate", rests=False, ahead="thread", online=True), None),
         (4, StepOptions(predictor="none", rests=False), None),
-        (4, StepOptions(predictor="last", suspends=False, chunk_bytes=1000, rests=False), Rotate()),
+        (4, StepOptions(predictor="last", suspends=False, chunk_bytes=1000, rests=False, ahead="inline"), Rotate()),
     ],
 )
 def test_greedy_tokens_are_those_of_each_prompt_alone_while_replicas_come(
@@ -105,9 +109,12 @@ def test_greedy_tokens_are_those_of_each_prompt_alone_while_replicas_come(
     assert used > 0, "no replica came, so that nothing was tested"
     for layer in zip(*records_R, strict=True):
         routed = sum(record.routed_tokens for record in layer)
-        assert sum(record.note.own_pairs for record in layer) in (0, routed), "all, or nobody was asked"
+        if steps.ahead != "thread":
+            assert sum(record.note.own_pairs for record in layer) in (0, routed), "all, or nobody was asked"
+            assert not any(record.note.late for record in layer)
         assert sum(record.note.home_pairs for record in layer) == pytest.approx(routed)
-        assert len({record.note.declined for record in layer}) == 1
+        assert len({record.note.rested for record in layer}) == 1
+        assert len({record.note.declined for record in layer if not record.note.late}) <= 1
     if policy is not None:
         assert results[0]["moved"] > 0
         assert results[0]["name"] == "probe+rotate"
@@ -127,12 +134,43 @@ def test_on_unequal_ranks_experts_move_away_from_the_slow_one_while_replicas_com
     assert sum(record.note.replicas_used for result in results for record in result["records"]) > 0
 
 
-def test_where_it_does_not_pay_balancing_rests_and_tokens_stay_the_same(
+def generate_with_late_plans(
+    launch: Launch, path: Path, prompts: list[list[int]], steps: StepOptions
+) -> dict[str, Any]:
+    """Rank 1 now and then hears too late what is expected, and so has no plan for a layer for which rank 0 has one."""
+    tell_all, calls = RowLinks.tell_all, itertools.count()
+
+    def dawdle(self: RowLinks, row_N: Any) -> Any:
+        heard_RN = tell_all(self, row_N)
+        time.sleep(0.1 if next(calls) % 12 == 5 else 0.0)
+        return heard_RN
+
+    if launch.rank == 1:
+        RowLinks.tell_all = dawdle  # type: ignore[method-assign]
+    return generate(launch, path, prompts, steps, Rotate())
+
+
+def test_a_plan_that_is_late_on_one_rank_keeps_nobody_waiting(
     checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
+) -> None:
+    path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 17, 9, 30, 3, 12, 8, 21))
+    steps = StepOptions(rests=False, ahead="thread")
+    results = start_ranks(generate_with_late_plans, 2, tmp_path, path, prompts, steps).results(within_s=60)
+    assert results[0]["tokens"] == [expected(reference(path), prompt, TOKENS) for prompt in prompts]
+    notes = [[record.note for record in layer] for layer in zip(*(each["records"] for each in results), strict=True)]
+    assert any(late.late and not there.late for there, late in notes), "no plan was late on one rank alone"
+    assert any(there.replicas_used or late.replicas_used for there, late in notes), "and none was in time"
+    assert all(there.rested == late.rested for there, late in notes)
+
+
+@pytest.mark.parametrize("ahead", ["inline", "thread"])
+def test_where_it_does_not_pay_balancing_rests_and_tokens_stay_the_same(
+    ahead: str, checkpoint: MakeCheckpoint, reference: Reference, draw_prompts: DrawPrompts, tmp_path: Path
 ) -> None:
     """Experts of microseconds: nothing is worth a prediction."""
     path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 9, 3))
-    results = start_ranks(generate, 2, tmp_path, path, prompts, StepOptions(), None, (0.0,), 40).results(within_s=120)
+    given = (StepOptions(ahead=ahead), None, (0.0,), 40)
+    results = start_ranks(generate, 2, tmp_path, path, prompts, *given).results(within_s=120)
     assert results[0]["tokens"] == [expected(reference(path), prompt, 40) for prompt in prompts]
     rested_R = [[record.note.rested for record in result["records"]] for result in results]
     assert rested_R[0] == rested_R[1], "on all ranks alike"

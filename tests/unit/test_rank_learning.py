@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
 import torch
 
-from poise.engine.rank_learning import BETWEEN_FRAC, BETWEEN_PASSES, RANK_RULE, RankLearning
+from poise.engine.rank_learning import BETWEEN_FRAC, BETWEEN_PASSES, RANK_RULE, AsideLearning, RankLearning
 from poise.model.inspect import find_experts
 from poise.model.lookahead import Lookahead
 from poise.model.seam import Parked
@@ -44,7 +46,7 @@ class Rank:
         self.lookahead = Lookahead.of_model(model, modules, width=8)
         self._expert_modules = [model.get_submodule(module.name) for module in modules]
         rule = replace(RANK_RULE, time_frac=time_frac, saved_s=1.0)
-        self.learning = RankLearning(self.lookahead, rule=rule, clock=self.clock)
+        self.learning: RankLearning | AsideLearning = RankLearning(self.lookahead, rule=rule, clock=self.clock)
         self._train = self.learning._learner._trainer.learn
         self.learning._learner._trainer.learn = self._slowly  # type: ignore[method-assign]
         self._random = torch.Generator().manual_seed(0)
@@ -117,3 +119,33 @@ def test_a_rank_without_tokens_waits_and_keeps_nothing(model: torch.nn.Module) -
         rank.run(waits_s=0.5)
         rank.run(waits_s=0.5, tokens=0)
     assert rank.learning.taken().steps > 0
+
+
+def test_beside_the_computing_thread_a_pass_is_handed_over_and_learnt_from_where_the_other_thread_likes(
+    model: torch.nn.Module,
+) -> None:
+    rank = Rank(model, time_frac=1.0)
+    learner, handed = rank.learning._learner, list[tuple[Callable[[], None], Future[None]]]()
+
+    def submit(work: Callable[[], None]) -> Future[None]:
+        handed.append((work, Future()))
+        return handed[-1][1]
+
+    rank.learning = AsideLearning(learner, submit, num_layers=LAYERS)
+    for _ in range(2 * BETWEEN_PASSES):
+        assert rank.run(waits_s=0.5) == 0, "nothing is learnt in waits"
+    assert learner.steps == 0, "or between passes"
+    assert len(handed) == 1, "the passes behind it are not kept while it waits to be taken"
+    work, future = handed[0]
+    assert not learner.idle(), "it knows of no pass yet"
+    work()
+    future.set_result(None)
+    rank.run(waits_s=0.5, tokens=0)
+    assert len(handed) == 1, "there was nothing to hand over"
+    assert learner.idle()
+    learnt = rank.learning.taken()
+    assert (learnt.steps, learnt.late) == (1, 0)
+    assert learnt.seconds == pytest.approx(STEP_S)
+    assert rank.learning.taken().steps == 0, "it was told"
+    rank.run(waits_s=0.5)
+    assert len(handed) == 2

@@ -9,7 +9,7 @@ The bound is on time, not on when: unused time is kept for later, but only a lit
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,9 +40,13 @@ class OnlineRule:
         """Tokens that are kept, of so many bytes at all layers: at least those of a step, and of a pass."""
         return max(self.training.batch_tokens, self.pass_tokens, self.buffer_bytes // row_bytes)
 
+    def sample_TH(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """What is kept of a pass's tokens at one layer: an ordinary copy."""
+        return own_copy(hidden_TH[:: -(-len(hidden_TH) // self.pass_tokens)])
+
     def most_bytes(self, row_bytes: int) -> int:
-        """Of the tokens that are kept and those of the pass at hand."""
-        return (self.capacity(row_bytes) + self.pass_tokens) * row_bytes
+        """Of the tokens that are kept, those of the pass at hand, and those of one that is handed over."""
+        return (self.capacity(row_bytes) + 2 * self.pass_tokens) * row_bytes
 
     def __post_init__(self) -> None:
         assert 0 < self.time_frac <= 1, "a share of the time"
@@ -92,15 +96,31 @@ class OnlineLearner:
 
     def saw(self, layer: int, hidden_TH: torch.Tensor) -> None:
         """A pass's tokens are kept once it has reached its last layer. They are as many at all of its layers, or none."""
-        if self._last_s is None:
-            self._last_s = self._clock()
         if layer == 0:
             self._pass.clear()
         if not len(hidden_TH):
             return
-        self._pass.append(own_copy(hidden_TH[:: -(-len(hidden_TH) // self._rule.pass_tokens)]))
+        self._pass.append(self._rule.sample_TH(hidden_TH))
         if layer + 1 == len(self._lookahead.experts_L):
-            self._keep()
+            self.keep(self._pass)
+            self._pass.clear()
+
+    def keep(self, pass_LTH: Sequence[torch.Tensor]) -> None:
+        """Puts samples of a pass at each of its layers where the oldest were; a token has the same place at every layer."""
+        if self._last_s is None:
+            self._last_s = self._clock()
+        if not self._kept_L:
+            row_bytes = sum(states_TH[0].nbytes for states_TH in pass_LTH)
+            capacity = self._rule.capacity(row_bytes)
+            with torch.inference_mode(False):
+                self._kept_L = [states_TH.new_empty(capacity, states_TH.shape[1]) for states_TH in pass_LTH]
+        capacity, count = len(self._kept_L[0]), len(pass_LTH[0])
+        places_T = (self._write + torch.arange(count)) % capacity
+        with torch.inference_mode(False):
+            for kept_TH, states_TH in zip(self._kept_L, pass_LTH, strict=True):
+                kept_TH[places_T] = states_TH
+        self._write = (self._write + count) % capacity
+        self._filled = min(capacity, self._filled + count)
 
     def idle(self) -> bool:
         """Makes a step if it may; whether it did. Takes milliseconds."""
@@ -123,19 +143,3 @@ class OnlineLearner:
         self.spent_s += took_s
         self.steps += 1
         return True
-
-    def _keep(self) -> None:
-        """Puts the pass's tokens where the oldest were; a token has the same place at every layer."""
-        if not self._kept_L:
-            row_bytes = sum(states_TH[0].nbytes for states_TH in self._pass)
-            capacity = self._rule.capacity(row_bytes)
-            with torch.inference_mode(False):
-                self._kept_L = [states_TH.new_empty(capacity, states_TH.shape[1]) for states_TH in self._pass]
-        capacity, count = len(self._kept_L[0]), len(self._pass[0])
-        places_T = (self._write + torch.arange(count)) % capacity
-        with torch.inference_mode(False):
-            for kept_TH, states_TH in zip(self._kept_L, self._pass, strict=True):
-                kept_TH[places_T] = states_TH
-        self._write = (self._write + count) % capacity
-        self._filled = min(capacity, self._filled + count)
-        self._pass.clear()

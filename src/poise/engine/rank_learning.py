@@ -1,16 +1,19 @@
-"""When a rank's lookahead learns from live traffic: in waits that last, else between passes, as ranks seldom have any.
+"""When a rank's lookahead learns from live traffic: on the thread that predicts, where there is one, else in waits and between.
 
 Each rank predicts the counts of its own tokens, and ranks tell each other counts; so each has a predictor of its own, which
-learns from its own tokens, and nothing is agreed or sent. A step is made while outputs are on their way, where that wait has
-lately been longer than a step; ranks that are even, and the slowest, have no such waits. So that they learn too, all ranks
-make steps between passes, all behind the same ones and for ``BETWEEN_FRAC`` of the time, which costs the group once. All
-steps of a rank together keep to ``OnlineRule.time_frac``. Where balancing rests nobody learns. Decision 059.
+learns from its own tokens, and nothing is agreed or sent. A thread that predicts beside the computing one learns while no look
+is on hand. Without one a step is made while outputs are on their way, where that wait has lately been longer than a step; ranks
+that are even, and the slowest, have no such waits. So that they learn too, all ranks make steps between passes, all behind the
+same ones and for ``BETWEEN_FRAC`` of the time, which costs the group once. All steps of a rank together keep to
+``OnlineRule.time_frac``. Where balancing rests nobody learns. Decision 059.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -97,3 +100,46 @@ class RankLearning:
         took_s = self._learner.spent_s - spent_s
         self._step_s = took_s if self._step_s is None else KEEP * self._step_s + (1.0 - KEEP) * took_s
         return True
+
+
+class AsideLearning:
+    """``parallel.learning.Learning`` by a learner that makes its steps on another thread, where alone it is touched.
+
+    ``submit``: has that thread do something behind what it was given before.
+    """
+
+    def __init__(
+        self,
+        learner: OnlineLearner,
+        submit: Callable[[Callable[[], None]], Future[None]],
+        *,
+        num_layers: int,
+        rule: OnlineRule = RANK_RULE,
+    ) -> None:
+        self._learner, self._submit, self._num_layers, self._rule = learner, submit, num_layers, rule
+        self._pass: list[torch.Tensor] = []
+        self._handed: Future[None] | None = None
+        self._told = Learnt()
+
+    def on_layer(self, layer: int, parked: Sequence[Parked], real: Sequence[torch.Tensor | None]) -> None:
+        """A pass's tokens are handed over as a whole, unless those of an earlier one wait to be taken."""
+        if layer == 0:
+            self._pass = []
+        if parked:
+            states_TH = hidden_TH(parked, real)
+            self._pass += [self._rule.sample_TH(states_TH)] if len(states_TH) else []
+        if len(self._pass) == self._num_layers and (self._handed is None or self._handed.done()):
+            self._handed = self._submit(partial(self._learner.keep, self._pass))
+
+    def wait(self, layer: int, is_over: Callable[[], bool]) -> None:
+        """Waits are left alone."""
+
+    def waited(self, layer: int, seconds: float) -> None:
+        """As they are."""
+
+    def between_passes(self, passes: int) -> None:
+        """Nothing is left to do then."""
+
+    def taken(self) -> Learnt:
+        before, self._told = self._told, Learnt(steps=self._learner.steps, seconds=self._learner.spent_s)
+        return Learnt(steps=self._told.steps - before.steps, seconds=self._told.seconds - before.seconds)

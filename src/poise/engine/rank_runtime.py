@@ -15,7 +15,6 @@ from poise.engine.parallel_runner import Agreement, ParallelRunner
 from poise.engine.planning import SHORTEST
 from poise.engine.probe import probe
 from poise.engine.rank_blueprint import RankBlueprint
-from poise.engine.rank_learning import RankLearning
 from poise.engine.rank_recorder import RankRecorder
 from poise.engine.stepwise import stepwise
 from poise.model.dense import load_dense
@@ -145,11 +144,10 @@ class RankRuntime:
             drawn = self.blueprint
             use, of_model = drawn.options.lookahead, (drawn.model, drawn.modules, drawn.sites, drawn.checkpoint)
             lookahead = None if use is None else make_lookahead(use, *of_model)
-            if use is not None and use.online and lookahead is not None:
-                layers.learning = RankLearning(lookahead)
-            layers.balance = stepwise(
+            balance, layers.learning = stepwise(
                 group, experts, self.migration, balances.steps, drawn, lookahead=lookahead, curves=curves
             )
-            self._closes.append(layers.balance)
-            layers.balance.get_ready()
+            layers.balance = balance
+            self._closes.append(balance)
+            balance.get_ready()
             self.recorder.balances_steps = True

@@ -1,7 +1,10 @@
-"""Puts together what balances each step on one rank: forecast, planner, links, slots and track (``parallel.step_balance``)."""
+"""Puts together what balances each step on one rank (``parallel.step_balance``): planner, links, slots, track, look ahead."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -10,22 +13,28 @@ import numpy.typing as npt
 import torch
 
 from poise.engine.blueprint import Blueprint
+from poise.engine.online_lookahead import RANK_RULE, OnlineLearner
+from poise.engine.own_cores import all_can_look_aside
+from poise.engine.rank_learning import AsideLearning, RankLearning
 from poise.errors import UsageError
 from poise.model.lookahead import Lookahead
 from poise.parallel.copy_cost import CopyCost
 from poise.parallel.forecast import Ahead, Forecast, LastPass, Replayed
 from poise.parallel.group import RankGroup
+from poise.parallel.learning import Learning
 from poise.parallel.links import open_links
 from poise.parallel.migration import Migration
 from poise.parallel.rank_experts import RankExperts
 from poise.parallel.replica_slots import ReplicaSlots
 from poise.parallel.replica_staging import Outlet
 from poise.parallel.replica_track import ReplicaTrack
-from poise.parallel.step_ahead import Inline, Planning
+from poise.parallel.row_links import RowLinks
+from poise.parallel.step_ahead import Foresight, Inline, Planning
 from poise.parallel.step_balance import StepBalance
 from poise.parallel.step_costs import StepCosts
 from poise.parallel.step_options import StepOptions
 from poise.parallel.step_planner import Links, StepPlanner
+from poise.parallel.step_thread import OnThread
 from poise.parallel.step_windows import Windows
 from poise.plan.rank_costs import RankCosts
 from poise.plan.step_rest import RestRule, StepRest
@@ -46,9 +55,9 @@ def stepwise(
     *,
     lookahead: Lookahead | None,
     curves: RankCosts | None,
-) -> StepBalance:
-    """All ranks at once. ``lookahead``: where ``options`` want one. ``curves``: of the ranks, where they were measured. Raises
-    UsageError."""
+) -> tuple[StepBalance, Learning | None]:
+    """All ranks at once; and when ``lookahead`` learns, if it does. ``lookahead``: where ``options`` want one. ``curves``: of
+    the ranks, where they were measured. Raises UsageError."""
     placement, sources_LE = migration.placement, drawn.layout.experts_LE
     layers, num_experts = len(placement.layers), placement.num_experts
     forecast = forecast_of(options, lookahead, rank=group.rank, num_layers=layers, num_experts=num_experts)
@@ -60,7 +69,8 @@ def stepwise(
         token_bytes=drawn.spec.hidden * drawn.dtype.dtype.itemsize,
         expert_bytes=slots.slot_bytes,
     )
-    planner = StepPlanner(
+    make_planner = partial(
+        StepPlanner,
         placement.slot_to_expert_LS.astype(np.int64),
         links,
         num_experts=num_experts,
@@ -69,7 +79,7 @@ def stepwise(
         costs=curves,
     )
     planning = Planning(
-        planner=planner,
+        planner=make_planner(),
         windows=Windows(layers, links_R, chunk_bytes=chunk_bytes),
         slots=slots,
         track=ReplicaTrack(
@@ -79,17 +89,46 @@ def stepwise(
             suspends=options.suspends,
         ),
         rank=group.rank,
+        num_ranks=group.num_ranks,
         num_layers=layers,
     )
-    return StepBalance(
+    ahead, learning = None, None
+    if forecast is not None:
+        ahead, learning = _looking_ahead(group, options, forecast, planning, make_planner, lookahead)
+    balance = StepBalance(
         group,
         planning,
         StepCosts(group, curves),
         CopyCost(slots.slot_bytes, has_engine=options.copy_engines or group.device.type == "cuda"),
-        None if forecast is None else Inline(forecast, planning),
+        ahead,
         num_experts=num_experts,
         rest=StepRest(RestRule()) if options.rests and options.predictor != "replayed" else None,
     )
+    return balance, learning
+
+
+def _looking_ahead(
+    group: RankGroup,
+    options: StepOptions,
+    forecast: Forecast,
+    planning: Planning,
+    make_planner: Callable[[], StepPlanner],
+    lookahead: Lookahead | None,
+) -> tuple[Foresight, Learning | None]:
+    """All ranks at once: where it is predicted and planned, on all ranks alike, and when ``lookahead`` learns."""
+    is_aside = options.ahead == "thread" or (options.ahead == "auto" and all_can_look_aside(group))
+    learns = lookahead if options.online else None
+    if not is_aside:
+        return Inline(forecast, planning), None if learns is None else RankLearning(learns)
+    learner = None if learns is None else OnlineLearner(learns, RANK_RULE)
+    ahead = OnThread(
+        RowLinks(group, open_links(group, name="ahead")),
+        forecast,
+        replace(planning, planner=make_planner()),
+        device=group.device,
+        learn=None if learner is None else learner.idle,
+    )
+    return ahead, None if learner is None else AsideLearning(learner, ahead.submit, num_layers=planning.num_layers)
 
 
 def forecast_of(

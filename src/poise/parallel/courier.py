@@ -1,7 +1,7 @@
 """A thread that does this rank's exchanges, one after the other, while the computing thread goes on.
 
 Exchanges keep the order in which they were handed over, so that all ranks do them in the same order. While any is under way
-nobody else may use the group. An error comes out where the outcome is asked for. On a GPU it works on a stream of its own,
+nobody else may use their group. An error comes out where the outcome is asked for. On a GPU it works on a stream of its own,
 behind what the computing thread had queued when it handed an exchange over; outcomes are there when they are told.
 """
 
@@ -23,7 +23,8 @@ T = TypeVar("T")
 class Courier:
     """One thread, from the first exchange until ``close``. ``device``: of the tensors."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, *, name: str = "poise-courier") -> None:
+        self._name = name
         self._device = device or torch.device("cpu")
         self._thread: ThreadPoolExecutor | None = None
         self._stream = new_stream(self._device)
@@ -31,7 +32,7 @@ class Courier:
     def submit(self, exchange: Callable[[], T]) -> Future[T]:
         """Hands an exchange over."""
         if self._thread is None:
-            self._thread = _started()
+            self._thread = _started(self._name)
         if self._stream is None:
             return self._thread.submit(_do, exchange)
         computing = torch.cuda.current_stream(self._device)
@@ -43,9 +44,9 @@ class Courier:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _started() -> ThreadPoolExecutor:
+def _started(name: str) -> ThreadPoolExecutor:
     of_torch = torch.get_num_threads()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="poise-courier", initializer=partial(torch.set_num_threads, 1))
+    thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=partial(torch.set_num_threads, 1))
     thread.submit(torch.get_num_threads).result()
     torch.set_num_threads(of_torch)  # setting it on a thread may set it for others
     return thread

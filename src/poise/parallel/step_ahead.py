@@ -61,6 +61,8 @@ class Foreseen:
 class Foresight(Protocol):
     """Of one rank. All on its computing thread, and all but ``close`` on all ranks alike."""
 
+    here: str
+    """What a look is on the computing thread, for timelines."""
     cpu_s: float
     """Processor time of a thread of its own."""
     timeline: Timeline | None
@@ -103,6 +105,7 @@ class Planning:
     slots: ReplicaSlots
     track: ReplicaTrack
     rank: int
+    num_ranks: int
     num_layers: int
 
     def following(self, layer: int) -> int:
@@ -131,6 +134,8 @@ class Planning:
 
 class Inline:
     """On the computing thread, with the planner that also divides tokens."""
+
+    here = "predict"
 
     def __init__(self, forecast: Forecast, planning: Planning) -> None:
         self._forecast, self._planning = forecast, planning

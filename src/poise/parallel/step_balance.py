@@ -110,12 +110,7 @@ class StepBalance:
         return saved_us, round(1e6 * self._spent_s)
 
     def begin_pass(
-        self,
-        slot_to_expert_LS: Ints,
-        changed: Collection[int],
-        *,
-        tokens: int,
-        told_R: Sequence[tuple[int, int]],
+        self, slot_to_expert_LS: Ints, changed: Collection[int], *, tokens: int, told_R: Sequence[tuple[int, int]]
     ) -> None:
         """All ranks at once, before a pass over so many ``tokens``. ``changed``: layers of which experts have moved.
 
@@ -157,8 +152,8 @@ class StepBalance:
         own_E = counted_E(choice_TK, self._num_experts)
         foreseen, bits = self._end_fetch(layer)
         plan, has_choice = foreseen.plan, self._planner.has_choice(layer)
-        looks = self._looks.looks_at(self._planning.following(layer))
-        if self._is_alike and not (looks or has_choice or foreseen.may_pay or self._ahead is None):
+        looks = not self._is_alike or self._looks.looks_at(self._planning.following(layer))
+        if not (looks or has_choice or foreseen.may_pay or self._ahead is None):
             self._pass_over(layer, own_E, began_s)
             return route(choice_TK, copies, source_rank=self._rank, device=hidden_TH.device), None
         pays = has_choice or (plan is not None and plan.pays)
@@ -270,7 +265,8 @@ class StepBalance:
     def _show(self, layer: int, began_s: float, asked_s: float, heard_s: float, ended_s: float) -> None:
         if self.timeline is None:
             return
-        parts = ((COMPUTE, "predict", began_s, asked_s), (EXCHANGE, "counts", asked_s, heard_s))
+        looked = "count" if self._ahead is None else self._ahead.here
+        parts = ((COMPUTE, looked, began_s, asked_s), (EXCHANGE, "counts", asked_s, heard_s))
         for track, name, begin_s, end_s in (*parts, (COMPUTE, "divide", heard_s, ended_s)):
             self.timeline.spans.append(Span(track, name, round(begin_s * 1e9), round(end_s * 1e9), {"layer": layer}))
 

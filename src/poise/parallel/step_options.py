@@ -9,6 +9,7 @@ from poise.errors import UsageError
 from poise.plan.balance import MOST_WORK
 
 PREDICTORS = ("gate", "last", "none", "replayed")
+AHEAD = ("auto", "inline", "thread")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,8 +17,9 @@ class StepOptions:
     """``predictor``: of the counts of the layer to come: its router asked a layer early ("gate"; with ``lookahead``, a file of
     `poise distill`, as it was trained); as in the last pass ("last"); not at all: replicas are fetched behind the router, and
     waited for ("none"); from ``replay``, a file of counts for each rank that an earlier run kept ("replayed", for
-    measurements). ``online``: the first kind goes on learning from each rank's own tokens, mostly between passes;
-    without a file it begins with nothing but the routers.
+    measurements). ``online``: the first kind goes on learning from each rank's own tokens; without a file
+    it begins with nothing but the routers. ``ahead``: predicts and plans on the computing thread ("inline"), or on one beside
+    it ("thread"), which learns while nothing is to be predicted; "auto": on one beside it where all ranks have a core to spare.
 
     ``replica_slots``: on each rank, twice. ``suspends``: no chunk is asked for while tokens travel. ``chunk_bytes``: of a
     replica at a time; None: what a link carries in ``engine.stepwise.CHUNK_S``. ``most_work``: as the planner has it.
@@ -35,10 +37,13 @@ class StepOptions:
     most_work: int = MOST_WORK
     copy_engines: bool = False
     rests: bool = True
+    ahead: str = "auto"
 
     def __post_init__(self) -> None:
         if self.predictor not in PREDICTORS:
             raise UsageError(f"predictor {self.predictor!r} is not known; choose one of {', '.join(PREDICTORS)}")
+        if self.ahead not in AHEAD:
+            raise UsageError(f"steps are planned {self.ahead!r}; choose one of {', '.join(AHEAD)}")
         if not 0 <= self.replica_slots <= 16:
             raise UsageError(f"replica slots are {self.replica_slots}; give 0 to 16")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:

@@ -16,6 +16,7 @@ COPY = "copies to the device"
 EXCHANGE = "exchange"
 MIGRATION = "migration"
 PREFETCH = "prefetch"
+AHEAD = "ahead"
 
 
 @dataclass(frozen=True, slots=True)

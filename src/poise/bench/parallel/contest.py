@@ -36,6 +36,10 @@ MOVERS: Contenders = {
 """EPLB's next window, of 64 passes, ends behind those of a run."""
 PROBE: Contenders = {"probe": {"balance": "probe"}}
 PROBE_VIBE: Contenders = {"probe + vibe": {"balance": "probe+vibe", "policy": {"interval": 2}, "placement": EVEN_TIMES}}
+AHEAD: Contenders = {
+    "inline": {"balance": "probe", "steps": {"ahead": "inline"}},
+    "on a thread": {"balance": "probe", "steps": {"ahead": "thread"}},
+}
 ORACLE: Contenders = {"oracle": {"balance": "probe", "steps": {"predictor": "replayed", "replay": REPLAY}}}
 
 
@@ -159,6 +163,7 @@ def _balanced(parts: Sequence[Mapping[str, Any] | None], counted: slice) -> dict
                 "replicas_used",
                 "replica_bytes",
                 "declined",
+                "late",
                 "rested",
                 "exposed_s",
                 "aux_s",

@@ -28,6 +28,7 @@ def learning_through_a_switch(session: Session, case: Case, directory: Path, on_
     contenders: Mapping[str, Mapping[str, Any]] = {
         "distilled on prose": {"lookahead": str(on_prose)},
         "the same, online": {"lookahead": str(on_prose), "online": True},
+        "the same, on a thread beside": {"lookahead": str(on_prose), "online": True, "ahead": "thread"},
         "routers, online": {"online": True},
     }
     return {

@@ -1,8 +1,8 @@
 """Policies side by side on a machine with many cores: ranks are pinned to real ones that nobody shares, without quotas.
 
 Neither root nor control groups are needed. Ranks talk over loopback, and one thread of each computes; where a rank has several
-cores, the others are there for the threads that move experts, so these count as copy engines. A part is named by ranks x cores
-of each, kind of passes, and tokens of each rank in one: ``8x2:prefill:256``.
+cores, the others are there for the threads that move experts and look ahead, so these count as copy engines. A part is named by
+ranks x cores of each, kind of passes, and tokens of each rank in one: ``8x2:prefill:256``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from poise.bench.cluster.layout import pinned_ranks
 from poise.bench.parallel.case import Case, beginnings, cycled, prefill_job, write_rows
-from poise.bench.parallel.contest import MOVERS, ORACLE, PROBE, STATIC, WARM_UP, Contenders, contest
+from poise.bench.parallel.contest import AHEAD, MOVERS, ORACLE, PROBE, STATIC, WARM_UP, Contenders, contest
 from poise.bench.parallel.session import Session
 from poise.errors import UsageError
 
@@ -69,7 +69,7 @@ def measure(
         policies = contest(
             session,
             {**job, "device": "cpu", "copy_engines": part.cores > 1},
-            CONTENDERS,
+            CONTENDERS if part.cores == 1 else CONTENDERS | {"probe, inline": AHEAD["inline"]},
             scratch,
             rounds=rounds,
             warm_up=warm_up,

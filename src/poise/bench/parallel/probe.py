@@ -2,7 +2,8 @@
 
 What is real and what is simulated is as in ``bench.parallel.run``. Here replicas' bytes go over sockets, too, and the kernel
 limits links where a part says so. Where ranks have shares of a processor, the threads that move experts, of all contenders, run
-beside them, as copy engines do (part ``no-engines``: within). Needs root; a part without its limits fails and says so.
+beside them, as copy engines do (part ``no-engines``: within); so do those that look ahead, as on a core to spare. Needs root; a
+part without its limits fails and says so.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from poise.bench.parallel.case import (
     write_rows,
 )
 from poise.bench.parallel.contest import (
+    AHEAD,
     MOVERS,
     ORACLE,
     PROBE,
@@ -115,6 +117,7 @@ class _Suite:
             "unequal": lambda: self._prefill(widened, unequal, _rows(widened, "code"), self._all(widened) | PROBE_VIBE),
             "ways": lambda: self._ways(widened),
             "online": lambda: self._online(widened),
+            "ahead": lambda: self._prefill(widened, _aside(), _rows(widened, "code"), STATIC | AHEAD, warm_up=KNOWN),
             "slots": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | SLOTS, warm_up=KNOWN),
             "no-engines": lambda: self._prefill(
                 widened, equal_ranks(), _rows(widened, "code"), STATIC | PROBE, warm_up=KNOWN
@@ -173,7 +176,7 @@ class _Suite:
     def _online(self, case: Case) -> dict[str, Any]:
         """Predictors that were distilled on prose, and then see code: as they are, and learning."""
         on_prose = distilled(self._directory, bundled_case(self._directory), case, kinds=["prose profile"])
-        with Session(replace(equal_ranks(), copy_engines=True)) as session:
+        with Session(_aside()) as session:
             facts = learning_through_a_switch(session, case, self._scratch, on_prose)
             return self._about(case, session, "prefill", case.rows["code"].shape[1]) | facts
 
@@ -238,7 +241,7 @@ class _Suite:
         rows = []
         for tokens in TOKENS:
             few = case.rows["code"][:, :tokens]
-            part = self._prefill(case, replace(equal_ranks(), copy_engines=True), few, STATIC | PROBE, warm_up=KNOWN)
+            part = self._prefill(case, _aside(), few, STATIC | PROBE, warm_up=KNOWN)
             rows.append({"tokens": tokens, **part})
         return {"rows": rows}
 
@@ -277,6 +280,7 @@ PARTS = (
     "unequal",
     "ways",
     "online",
+    "ahead",
     "slots",
     "no-engines",
     "random",
@@ -301,7 +305,12 @@ def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), st
 
 def _linked() -> ClusterLayout:
     """Four like ranks behind links of 1 Gbit/s, which replicas and tokens must share."""
-    return replace(equal_ranks(), copy_engines=True).with_link(GBIT_PER_S)
+    return _aside().with_link(GBIT_PER_S)
+
+
+def _aside() -> ClusterLayout:
+    """Four like ranks with copy engines."""
+    return replace(equal_ranks(), copy_engines=True)
 
 
 def _rows(case: Case, kind: str) -> Any:

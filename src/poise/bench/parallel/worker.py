@@ -35,7 +35,8 @@ from poise.spec.placement import Placement
 from poise.spec.whole_file import write_whole
 
 _POLL_S = 0.01
-COPY_THREADS = ("poise-replicas", "poise-migration")
+ASIDE_THREADS = ("poise-replicas", "poise-migration", "poise-ahead")
+"""That run beside the shares, where a layout says so: as copy engines do, and as a thread on a core to spare does."""
 PATHS = ("lookahead", "replay")
 
 
@@ -72,7 +73,7 @@ class _Rank:
         with self._open() as llm:
             if job.get("keeps_records"):
                 self._listen(llm)
-            self._loaded(copies=[one.native_id for one in threading.enumerate() if one.name.startswith(COPY_THREADS)])
+            self._loaded(copies=[one.native_id for one in threading.enumerate() if one.name.startswith(ASIDE_THREADS)])
             if self._launch.rank > 0:
                 llm.follow()
             else:
@@ -140,7 +141,7 @@ class _Rank:
         np.savez(file, records=records_PLN, load=np.array(self._load))
 
     def _loaded(self, copies: Sequence[int | None] = ()) -> None:
-        """Waits until all ranks have loaded, and limits are as the layout says. ``copies``: the threads that move experts."""
+        """Waits until all ranks have loaded, and limits are as the layout says. ``copies``: those that run beside."""
         told = json.dumps({"copies": list(copies)})
         write_whole(self._directory / f"loaded-{self._launch.rank}-{self._number}.json", told)
         _await(self._directory / f"go-{self._number}.json")
