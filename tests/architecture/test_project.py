@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import poise
+import poise.plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,6 +27,13 @@ def test_every_public_name_can_be_imported() -> None:
         assert getattr(poise, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = poise.nonsense
+
+
+def test_every_planner_can_be_imported_and_is_a_function() -> None:
+    for name in poise.plan.__all__:
+        assert callable(getattr(poise.plan, name))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = poise.plan.nonsense
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])

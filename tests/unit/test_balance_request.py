@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from poise.errors import MachineError, PlacementError
-from poise.plan.balance_step import balance_step
+from poise.plan import balance_step
 from poise.spec.bundled import find_machine
 from poise.spec.curve import Shape
 
@@ -26,6 +26,18 @@ def test_a_bundled_machine_is_enough() -> None:
     assert plan.replicas
     assert plan.predicted_s < 0.95 * plan.unbalanced_s
     assert plan.transfers_RR.sum() == len(plan.replicas)
+
+
+def test_both_strategies_plan_and_others_are_refused() -> None:
+    given = (counts(), np.arange(128), find_machine("h200"))
+    options = {"window_s_R": 1e-3, "shape": SHAPE, **BYTES}
+    ours, papers = (balance_step(*given, **options, strategy=name) for name in ("quota", "greedy"))
+    for plan in (ours, papers):
+        assert plan.replicas
+        assert plan.predicted_s < 0.95 * plan.unbalanced_s
+    assert ours.predicted_s != papers.predicted_s
+    with pytest.raises(PlacementError, match="choose from: quota, greedy"):
+        balance_step(*given, **options, strategy="lucky")
 
 
 def test_tokens_that_travel_once_take_less_time() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from poise.errors import MachineError, PlacementError
-from poise.plan.balance import BalancePlan, Balancer
+from poise.plan.balance import BalancePlan, Balancer, Strategy
 from poise.plan.expert_loads import Floats
 from poise.plan.rank_costs import RankCosts
 from poise.spec.curve import Shape
@@ -27,6 +27,7 @@ def balance_step(
     replica_slots: int = 3,
     unique_tokens_RR: npt.ArrayLike | None = None,
     shape: Shape | None = None,
+    strategy: Strategy = "quota",
 ) -> BalancePlan:
     """Replicas and assignment for one layer of one step; rank r runs on device r, machines of fewer devices are repeated.
 
@@ -34,6 +35,7 @@ def balance_step(
     ``window_s_R``: seconds for which each rank's link is free for experts; one figure for all will do. ``unique_tokens_RR``:
     tokens that go from rank (row) to rank (column) with experts at home, each counted once; None: as many as assignments.
     ``shape``: of the experts; None: the only one that the machine has curves for. A rank's link is its slowest one.
+    ``strategy``: ``"quota"``, or ``"greedy"``, the paper's.
     Raises MachineError, PlacementError.
     """
     counts = np.asarray(counts_RE)
@@ -52,6 +54,7 @@ def balance_step(
         expert_bytes=expert_bytes,
         most_tokens=float(counts.sum()),
         replica_slots=replica_slots,
+        strategy=strategy,
     )
     in_frac_R = out_frac_R = None
     if unique_tokens_RR is not None:
