@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from poise.parallel.moe_layer import ExpertParallelLayers, LayerRecord
 from poise.parallel.row_links import RowLinks
 from poise.parallel.step_options import StepOptions
 from poise.plan.rebalance import Rebalance
+from poise.report.chrome_trace import chrome_trace_of_ranks
 from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
 from tests.parallel.test_parallel_llm import PATIENT, Rotate, expected
 from tests.ranks import start_ranks
 
 TOKENS = 16
+TINY_CHUNK = 200
+"""Bytes: so small that a replica takes longer than one window."""
+ATTENTION_S = 0.01
 
 
 def dawdle_in(model: Any, token_s: float = 3e-3) -> None:
@@ -118,6 +123,55 @@ def test_greedy_tokens_are_those_of_each_prompt_alone_while_replicas_come(
     if policy is not None:
         assert results[0]["moved"] > 0
         assert results[0]["name"] == "probe+rotate"
+
+
+def generate_seen(launch: Launch, path: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    """What the exported timeline has of every rank, on rank 0, while replicas come in tiny chunks."""
+    steps = StepOptions(predictor="last", chunk_bytes=TINY_CHUNK, rests=False)
+    with ParallelLLM(path, launch, memory="2GiB", patience=PATIENT, balance="probe", steps=steps) as llm:
+        dawdle_in(llm.runner.model)
+        for module in llm.runner.model.modules():
+            if type(module).__name__.endswith("Attention"):
+                module.register_forward_pre_hook(lambda *_: time.sleep(ATTENTION_S))
+        if launch.rank > 0:
+            llm.follow()
+            return {}
+        params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+        llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, with_timelines=True)
+        return chrome_trace_of_ranks([each.spans for each in llm.timelines])
+
+
+def test_a_timeline_shows_fetches_in_parts_that_are_suspended_while_tokens_travel(
+    checkpoint: MakeCheckpoint, draw_prompts: DrawPrompts, tmp_path: Path
+) -> None:
+    """Only the chunk that is on its way may come meanwhile, which ends a fetch's last part. (Spans of exchanges have the
+    packing of tokens in them, too, beside which the link is still free.)"""
+    path, prompts = checkpoint("qwen3_moe"), draw_prompts((5, 17, 9, 30, 3, 12, 8, 21))
+    trace = start_ranks(generate_seen, 2, tmp_path, path, prompts).results(within_s=120)[0]
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    shown = 0
+    for rank in {event["pid"] for event in events}:
+        own = [event for event in events if event["pid"] == rank]
+        travel = [event for event in own if event["name"] in ("dispatch", "combine")]
+        parts = [event for event in own if event["name"].startswith("fetch, part")]
+        pauses = [event for event in own if event["name"] == "suspended"]
+        for part, after in pairwise(parts):
+            if after["name"] == "fetch, part 1":
+                continue
+            assert not [each for each in travel if covers(part, each)], "it went on while tokens travelled"
+            (pause,) = [each for each in pauses if each["ts"] == pytest.approx(part["ts"] + part["dur"], abs=0.01)]
+            assert pause["ts"] + pause["dur"] == pytest.approx(after["ts"], abs=0.01)
+            assert [each for each in travel if overlap(pause, each)], "no tokens travelled meanwhile"
+            shown += part["args"]["bytes"] > 0 and after["args"]["bytes"] > 0
+    assert shown, "no replica came in two parts"
+
+
+def covers(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return bool(one["ts"] <= other["ts"] and other["ts"] + other["dur"] <= one["ts"] + one["dur"])
+
+
+def overlap(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return bool(one["ts"] < other["ts"] + other["dur"] and other["ts"] < one["ts"] + one["dur"])
 
 
 def test_on_unequal_ranks_experts_move_away_from_the_slow_one_while_replicas_come(
