@@ -17,10 +17,13 @@ import pytest
 
 import poise
 from poise import LLM, SamplingParams
+from poise.cli.distill import DistillOptions, run_distill
+from poise.engine import lookahead_control
 from poise.engine.lookahead_use import LookaheadUse
 from poise.engine.parallel_llm import ParallelLLM
 from poise.errors import TraceError
 from poise.parallel.launch import Launch
+from poise.units import MIB
 from tests.ranks import free_port, start_ranks
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -75,6 +78,31 @@ def test_predictors_are_learnt_examined_and_written(distilled: tuple[Path, dict[
         assert llm.lookahead is not None
         assert llm.lookahead.learning_layers == (1, 2, 3, 4, 5)
         assert all(llm.lookahead.residual(layer).outer_EW.any() for layer in (1, 5))
+
+
+@pytest.mark.slow
+def test_a_control_that_is_left_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for a model over 2 GiB."""
+    monkeypatch.setattr(lookahead_control, "MOST_BYTES", MIB)
+    source = (Path(os.__file__).parent / "textwrap.py").read_text()
+    prompts = tmp_path / "text.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": source[at : at + 4000]}) + "\n" for at in range(0, 16_000, 4000)))
+    options = DistillOptions(
+        model=str(MODEL),
+        prompt_file=str(prompts),
+        output=tmp_path / "p.safetensors",
+        width=8,
+        epochs=1,
+        control=None,
+        memory=BUDGET,
+        json_output=True,
+    )
+    run_distill(options)
+    said = capsys.readouterr()
+    assert "no untrained control: the weights are over 1 MiB; --control runs one all the same" in said.err
+    assert "untrained" not in json.loads(said.out)["mean"]["recall"]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +181,7 @@ def test_one_process_reads_ahead_by_it(
     assert document["plan"]["expert_slots"] < document["plan"]["experts"]
     assert document["stats"]["decode_ahead"]["used_frac"] > 0.5
     assert [result["token_ids"] for result in document["results"]] == asked[1]
-    assert document["plan"]["foreseen_by"] == "distilled routers, asked a layer early, and correlation table"
+    assert document["plan"]["foreseen_by"] == "distilled routers, asked a layer early, else the correlation table"
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from poise.cli.prompts import PromptRequest, place_of, read_requests
 from poise.engine.request import Progress
 from poise.engine.sampling import SamplingParams
 from poise.errors import PromptError, UsageError
-from poise.units import format_s, parse_bytes
+from poise.units import format_bytes, format_s, parse_bytes
 
 if TYPE_CHECKING:
     from poise.engine.distillation import Windows
@@ -73,7 +73,7 @@ def _distilled(options: DistillOptions, requests: Sequence[PromptRequest], outpu
     try:
         progress.show(f"loading {options.model}")
         from poise.engine.llm import LLM
-        from poise.engine.lookahead_control import is_cheap, untrained_recalls
+        from poise.engine.lookahead_control import MOST_BYTES, is_cheap, untrained_recalls
         from poise.engine.lookahead_use import LookaheadUse
         from poise.model.checkpoint import open_checkpoint
         from poise.model.fingerprint import model_fingerprint
@@ -95,6 +95,11 @@ def _distilled(options: DistillOptions, requests: Sequence[PromptRequest], outpu
             progress.show("running an untrained model")
             untrained = untrained_recalls(checkpoint, windows.held_out, memory=options.memory)
             marks = [_with_control(each, untrained) for each in marks]
+        elif options.control is None:
+            progress.clear()
+            say(
+                f"no untrained control: the weights are over {format_bytes(MOST_BYTES)}; --control runs one all the same"
+            )
         tokens = {"learnt_tokens": learnt_tokens, "held_out_tokens": examiner.tokens}
         return _summary(options, use.width, tokens, progress.elapsed_s, [(names[each.layer], each) for each in marks])
     finally:
