@@ -118,8 +118,8 @@ def test_a_lookahead_reads_ahead_better_than_the_table_and_changes_no_text() -> 
     texts, shares = [], []
     for use in (
         None,
+        LookaheadUse(prefetches=True, mixes=True),
         LookaheadUse(prefetches=True),
-        LookaheadUse(prefetches=True, mixes=False),
         LookaheadUse(width=16, prefetches=True, online=True),
     ):
         with LLM(MODEL, memory="1GiB", expert_slots=64, lookahead=use) as llm:

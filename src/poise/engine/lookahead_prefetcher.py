@@ -1,7 +1,7 @@
-"""Tells the store what the next layer will need by a lookahead predictor, mixed with the correlation table.
+"""Tells the store what the next layer will need by a lookahead predictor, instead of the correlation table or mixed with it.
 
 The table goes on learning as it does alone (``engine.prefetcher``), and stands in for layers that no router can be asked
-about, the first of the next pass among them.
+about, the first of the next pass among them (decision 044).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LookaheadPrefetcher:
         table: CorrelationTable,
         foresee: Callable[[int, Foreseen], None],
         *,
-        mixes: bool = True,
+        mixes: bool = False,
     ) -> None:
         self.passes = 0
         self._mixes = mixes
@@ -46,7 +46,7 @@ class LookaheadPrefetcher:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self._lookahead.name}, and correlation table"
+        return f"{self._lookahead.name}, {'mixed with' if self._mixes else 'else'} the correlation table"
 
     def on_seam(self, layer: int, hidden_TH: torch.Tensor, chosen_TK: Ints) -> None:
         """See ``engine.routing``. Predicts first: what is learnt from this layer concerns the next pass."""

@@ -27,7 +27,7 @@ class LookaheadUse:
     """``width``: of residuals that are yet to learn; None: frozen routers only. ``file``: what `poise distill` wrote instead.
 
     ``learns``: room is kept for a teacher. ``online``: it goes on learning from what is generated.
-    ``prefetches``: experts are read ahead by it, mixed with the correlation table or, without ``mixes``, instead of it.
+    ``prefetches``: experts are read ahead by it instead of the correlation table or, with ``mixes``, mixed with it.
     Raises UsageError for values that cannot be.
     """
 
@@ -36,7 +36,7 @@ class LookaheadUse:
     learns: bool = False
     online: bool = False
     prefetches: bool = False
-    mixes: bool = True
+    mixes: bool = False
 
     def __post_init__(self) -> None:
         if self.width is not None and self.width < 1:

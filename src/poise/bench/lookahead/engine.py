@@ -43,9 +43,9 @@ def measure() -> dict[str, Any]:
         wide, file = prepared(Path(scratch))
         uses = {
             "table": None,
-            "frozen": LookaheadUse(prefetches=True),
-            "distilled": LookaheadUse(file=file, prefetches=True),
-            "distilled, online": LookaheadUse(file=file, prefetches=True, online=True),
+            "frozen": LookaheadUse(prefetches=True, mixes=True),
+            "distilled": LookaheadUse(file=file, prefetches=True, mixes=True),
+            "distilled, online": LookaheadUse(file=file, prefetches=True, mixes=True, online=True),
         }
         outcomes = [
             each for sequences in SEQUENCES for each in measured(wide, uses, prompts_of(sequences), rounds=ROUNDS)

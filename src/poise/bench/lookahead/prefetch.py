@@ -69,7 +69,7 @@ def _judge(
     """Each with a table that begins empty; the table alone is what the prefetcher would ask for a layer without a router."""
     table = CorrelationTable(num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K)
     foreseen: dict[int, Foreseen] = {}
-    prefetcher = LookaheadPrefetcher(lookahead or frozen, table, foreseen.__setitem__)
+    prefetcher = LookaheadPrefetcher(lookahead or frozen, table, foreseen.__setitem__, mixes=True)
     hits, errors = Hits(), []
     for number, place_T in enumerate(passes):
         for layer in range(LAYERS):

@@ -85,9 +85,9 @@ def main() -> None:
     model, file = Path(job["model"]), Path(job["file"])
     uses = {
         "table": None,
-        "frozen, mixed": LookaheadUse(prefetches=True),
-        "distilled, mixed": LookaheadUse(file=file, prefetches=True),
-        "distilled, instead": LookaheadUse(file=file, prefetches=True, mixes=False),
+        "frozen, mixed": LookaheadUse(prefetches=True, mixes=True),
+        "distilled, mixed": LookaheadUse(file=file, prefetches=True, mixes=True),
+        "distilled, instead": LookaheadUse(file=file, prefetches=True),
     }
     outcomes = [each for rows in job["sequences"] for each in measured(model, uses, prompts_of(rows), rounds=ROUNDS)]
     print(json.dumps({"outcomes": [asdict(one) for one in outcomes]}))
