@@ -16,6 +16,7 @@ from poise.bench.parallel import exactness, pinned, scaling, unequal
 from poise.bench.parallel import probe as probe_suite
 from poise.bench.parallel.case import DTYPE, MEMORY, Case, one_rank, prefill_job, shared_ranks, write_rows
 from poise.bench.parallel.contest import ORACLE, PROBE, STATIC, Contenders, contest
+from poise.bench.parallel.probe_passes import Passes
 from poise.bench.parallel.probe_tables import tables
 from poise.bench.parallel.session import JobResult, Session
 from poise.errors import PoiseError
@@ -132,7 +133,9 @@ def test_an_oracle_knows_every_count_and_figures_say_what_balancing_did(tmp_path
         assert 0 < row["replicas_used_per_pass"] <= row["replicas_planned_per_pass"]
         assert row["replica_bytes_per_pass"] > 0
     assert facts["oracle"]["token_imbalance"] < oracle["home_imbalance"] - 0.1
-    assert tuple(probe_suite._Suite(tmp_path, tmp_path, 1).parts_of(case)) == probe_suite.PARTS
+    assert probe["exposed_most_frac"] >= probe["exposed_frac"] > 0
+    assert probe["predicting_of_experts_flops"] > oracle["predicting_of_experts_flops"] == 0.0
+    assert tuple(probe_suite._Suite(Passes(tmp_path, tmp_path, 1), case).parts()) == probe_suite.PARTS
     assert [table.row_count for table in tables({"code": shown(facts)})] == [3, 2]
 
 

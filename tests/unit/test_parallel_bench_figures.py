@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ import pytest
 from poise.bench.cluster.layout import ClusterLayout, RankLimits
 from poise.bench.parallel import online, plot, probe_tables
 from poise.bench.parallel.change import SETTLED, recovered_at
-from poise.bench.parallel.contest import contest
+from poise.bench.parallel.contest import EVEN_LATELY, EVEN_TOKENS, _counted, _placed, contest
 from poise.bench.parallel.session import JobResult
 from poise.bench.parallel.tables import MAKERS, tables
 from poise.bench.parallel.unequal import WARM_UP, costs_of, summary
@@ -149,3 +149,22 @@ def test_learning_is_shown_by_blocks_of_passes_from_the_switch_on() -> None:
     headers = [str(column.header) for column in table.columns]
     assert headers[1:4] == ["-16", "-8", "+0"]
     assert list(table.columns[3].cells) == ["30.0%"]
+
+
+def test_passes_of_prompts_can_be_left_out_of_those_that_count() -> None:
+    load_RPLE = np.ones((2, 8, 1, 4))
+    load_RPLE[:, [0, 4]] = 8.0
+    alone = _counted(load_RPLE, 2, 5, decode_alone=True)
+    assert np.arange(8)[alone].tolist() == [2, 3, 5, 6]
+    assert np.arange(8)[_counted(load_RPLE, 2, 5, decode_alone=False)].tolist() == [2, 3, 4, 5, 6]
+
+
+def test_placements_are_made_from_all_passes_before_and_from_the_last_of_them() -> None:
+    before = result([1.0, 1.0], [10, 10], 8)
+    load_RPLE = np.ones((2, 8 + WARM_UP, 2, 4))
+    load_RPLE[:, :6, :, 0] = 50.0
+    load_RPLE[:, 6:, :, 3] = 50.0
+    placed = _placed(replace(before, load_RPLE=load_RPLE), 8, 2)
+    often = {name: np.bincount(made["layers"][0]["slot_to_expert"], minlength=4) for name, made in placed.items()}
+    assert often[EVEN_TOKENS].argmax() == 0
+    assert often[EVEN_LATELY].argmax() == 3

@@ -125,6 +125,20 @@ def test_seed_decides_everything_and_the_caller_keeps_his(tmp_path: Path) -> Non
     assert config == CONFIGS["qwen3"].to_dict()
 
 
+@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
+def test_damping_concerns_what_is_added_to_the_hidden_states(name: str, tmp_path: Path) -> None:
+    """Mixtral's files call the second projection of an expert w2."""
+    for folder, damping in (("plain", 1.0), ("damped", 0.25)):
+        make_checkpoint(CONFIGS[name], tmp_path / folder, damping=damping, seed=3)
+    plain, damped = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "damped"))
+    ratios = {key: damped[key].float().norm() / plain[key].float().norm() for key in plain}
+    changed = {key for key, ratio in ratios.items() if ratio != 1.0}
+    assert changed == {key for key in plain if key.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))}
+    assert all(ratios[key] == pytest.approx(0.25, rel=1e-3) for key in changed)
+    with pytest.raises(UsageError, match="damping 0"):
+        make_checkpoint(CONFIGS[name], tmp_path / "none", damping=0.0)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "deepseek"])
 def test_popularity_follows_the_skew(name: str, tmp_path: Path) -> None:
     wanted = zipf_shares(8, 2, 1.0)

@@ -70,6 +70,12 @@ def test_the_stamp_names_limits_and_no_one_s_machine() -> None:
 def test_an_unknown_benchmark_lists_the_names() -> None:
     with pytest.raises(UsageError, match=r"'dusk'.*disk"):
         run_benchmark("dusk", output=None, json_output=False)
+    with pytest.raises(UsageError, match=r"'parallel' has no suite 'nope'; choose from: probe$"):
+        run_benchmark("parallel", output=None, json_output=False, suite="nope")
+    with pytest.raises(UsageError, match=r"'disk' has no suites"):
+        run_benchmark("disk", output=None, json_output=False, suite="probe")
+    with pytest.raises(UsageError, match=r"parallel, suite probe, has no part 'x'; choose from: code, mixed"):
+        run_benchmark("parallel", output=None, json_output=False, suite="probe", parts=("x",))
 
 
 def test_importing_the_package_loads_no_torch() -> None:

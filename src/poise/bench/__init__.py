@@ -29,7 +29,6 @@ BENCHMARKS = MappingProxyType(
         "offload-llama": "poise.bench.offload.llama",
         "offload-planner": "poise.bench.offload.planner",
         "parallel": "poise.bench.parallel.run",
-        "parallel-probe": "poise.bench.parallel.probe",
         "place": "poise.bench.place.run",
         "prefetch": "poise.bench.prefetch",
         "prefetch-engine": "poise.bench.prefetch_engine",
@@ -37,17 +36,24 @@ BENCHMARKS = MappingProxyType(
     }
 )
 """Name on the command line to module."""
+SUITES = MappingProxyType({"parallel": MappingProxyType({"probe": "poise.bench.parallel.probe"})})
+"""Of a benchmark, further ones under its name."""
 
 
 def run_benchmark(
-    name: str, *, output: Path | None, json_output: bool, parts: Sequence[str] = (), steps: int | None = None
+    name: str,
+    *,
+    output: Path | None,
+    json_output: bool,
+    suite: str | None = None,
+    parts: Sequence[str] = (),
+    steps: int | None = None,
 ) -> None:
-    """Run the benchmark called ``name``. Raises UsageError, listing the names, if there is none, or no such part of it."""
-    if name not in BENCHMARKS:
-        raise UsageError(f"there is no benchmark {name!r}; choose from: {', '.join(sorted(BENCHMARKS))}")
+    """Run the benchmark called ``name``, or a suite of it. Raises UsageError, listing the names, if there is none, or no such
+    suite or part of it."""
+    module = importlib.import_module(_module_of(name, suite))
     if steps is not None and steps < 1:
-        raise UsageError(f"--steps is {steps}; at least one decode step must be measured")
-    module = importlib.import_module(BENCHMARKS[name])
+        raise UsageError(f"--steps is {steps}; at least one must be measured")
     known: Sequence[str] = getattr(module, "PARTS", ())
     if not known:
         if parts or steps is not None:
@@ -56,5 +62,19 @@ def run_benchmark(
         return
     for part in parts:
         if part not in known:
-            raise UsageError(f"benchmark {name!r} has no part {part!r}; choose from: {', '.join(known)}")
+            of = name if suite is None else f"{name}, suite {suite},"
+            raise UsageError(f"benchmark {of} has no part {part!r}; choose from: {', '.join(known)}")
     module.run(output, json_output, parts=parts, steps=steps)
+
+
+def _module_of(name: str, suite: str | None) -> str:
+    if name not in BENCHMARKS:
+        raise UsageError(f"there is no benchmark {name!r}; choose from: {', '.join(sorted(BENCHMARKS))}")
+    if suite is None:
+        return BENCHMARKS[name]
+    suites = SUITES.get(name)
+    if suites is None:
+        raise UsageError(f"benchmark {name!r} has no suites; leave out --suite")
+    if suite not in suites:
+        raise UsageError(f"benchmark {name!r} has no suite {suite!r}; choose from: {', '.join(suites)}")
+    return suites[suite]

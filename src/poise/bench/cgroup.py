@@ -92,10 +92,15 @@ def limit_reads(hierarchy: Hierarchy, group: Path, device: str, bytes_per_s: int
         (group / "io.max").write_text(f"{device} rbps={bytes_per_s}")
 
 
+def period_s(cores: float) -> float:
+    """How often a group with the time of so many cores gets its share."""
+    return max(_PERIOD_US, round(_MIN_QUOTA_US / cores)) / 1e6
+
+
 def limit_cpu(hierarchy: Hierarchy, group: Path, cores: float) -> None:
     """Give ``group`` the time of so many cores (0.4: two milliseconds of every five), now or while it runs."""
     assert cores > 0, f"a share of processor time is positive, not {cores}"
-    period_us = max(_PERIOD_US, round(_MIN_QUOTA_US / cores))
+    period_us = round(1e6 * period_s(cores))
     quota_us = max(_MIN_QUOTA_US, round(cores * period_us))
     if hierarchy.version == 1:
         (group / "cpu.cfs_period_us").write_text(str(period_us))

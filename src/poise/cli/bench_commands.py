@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from poise.bench import BENCHMARKS
+from poise.bench.parallel.part_names import PARALLEL, PROBE
 from poise.cli.arguments import Json
 
 commands = typer.Typer()
@@ -22,24 +24,29 @@ def demo(json_output: Json = False) -> None:
 
 @commands.command(epilog="Example: poise bench reader --output benchmarks/results")
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Which benchmark.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"Which benchmark: {', '.join(BENCHMARKS)}.")],
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the result file to this directory.")] = None,
     part: Annotated[
         list[str] | None,
         typer.Option(
-            "--part", metavar="PART", help="Of a long benchmark, run this part only (may be repeated); keep the others."
+            "--part",
+            metavar="PART",
+            help="Of a long benchmark, run this part only (may be repeated); keep the others. A part that is not there is "
+            f"answered with those that are. Of `parallel`: {', '.join(PARALLEL)}; of its suite `probe`: {', '.join(PROBE)}.",
         ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Of a long benchmark, measure so many decode steps and count the rest as their mean."
+            metavar="N",
+            help="Of a long benchmark, measure so many decode steps and count the rest as their mean; of `parallel`, so many "
+            "passes of each contender in each round.",
         ),
     ] = None,
     suite: Annotated[
         str | None,
         typer.Option(
-            "--suite", metavar="SUITE", help="Of a benchmark with several suites, run this one: `parallel` has `probe`."
+            "--suite", metavar="SUITE", help="Of a benchmark with suites, run this one: `parallel` has `probe`."
         ),
     ] = None,
     json_output: Json = False,
@@ -47,10 +54,4 @@ def bench(
     """Runs a benchmark beside its peers, and prints how close each comes to the physical limit."""
     from poise.bench import run_benchmark
 
-    run_benchmark(
-        name if suite is None else f"{name}-{suite}",
-        output=output,
-        json_output=json_output,
-        parts=part or (),
-        steps=steps,
-    )
+    run_benchmark(name, output=output, json_output=json_output, suite=suite, parts=part or (), steps=steps)

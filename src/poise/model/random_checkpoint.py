@@ -30,6 +30,8 @@ from poise.model.new_checkpoint import MAX_SHARD_BYTES, shard_names, whole_direc
 ADJUSTING_ROWS, ADJUSTING_TOKENS = 16, 256
 """Random tokens on which the routers of a skewed model are adjusted."""
 MAX_ADJUSTMENTS = 60
+DAMPED = ("o_proj", "down_proj")
+"""By the end of their names, in attention and in experts, fused or not."""
 CLOSE_ENOUGH = 0.005
 """Adjusting ends when so small a share of the choices would have to move."""
 
@@ -40,6 +42,7 @@ def make_checkpoint(
     *,
     dtype: str = "bfloat16",
     skew: float = 0.0,
+    damping: float = 1.0,
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, list[float]]:
@@ -49,12 +52,15 @@ def make_checkpoint(
     to 1 / i**s, though never by more than all of them (``zipf_shares``). Which expert is popular is drawn for each
     layer. 0 leaves the routers as initialised. For routers without a bias, all embeddings get a direction in common.
 
+    ``damping`` multiplies the projections that add to the hidden states (``DAMPED``). With 1 a layer of random weights replaces
+    most of what it is given; below, hidden states change little from layer to layer, as trained models' do.
+
     Returns the shares reached on the adjusting tokens, most popular first, for each MoE layer's experts by name; nothing
     without a skew. Off target by about 0.5 % of the choices there; on other random tokens by 1-3 % in tiny models of 16
     architectures (FlexOLMo, AFMoE: 5-20 %), and by 3-15 %, growing with depth, at 8 layers x 64 experts top-8.
 
-    Raises UsageError for a dtype or a skew that cannot be; CheckpointError for a configuration that is no causal model,
-    for a router of a kind that cannot be skewed, and when ``target`` exists or cannot be written.
+    Raises UsageError for a dtype, a skew or a damping that cannot be; CheckpointError for a configuration that is no causal
+    model, for a router of a kind that cannot be skewed, and when ``target`` exists or cannot be written.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
@@ -62,12 +68,14 @@ def make_checkpoint(
         raise UsageError(
             f"skew {skew} is no exponent; choose 0 (routers as initialised) to about 2 (few experts do it all)"
         )
+    if not 0 < damping <= 1:
+        raise UsageError(f"damping {damping} is not supported; choose 1 (weights as initialised) or less, above 0")
     model = build_meta_model(config, DTYPES[dtype]).eval()
     weights_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     with whole_directory(target, weights_bytes) as partial, torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         shards = _Shards(directory=partial, max_shard_bytes=max_shard_bytes)
-        streamed = _StreamedModel(model, shards)
+        streamed = _StreamedModel(model, shards, damping)
         shares = _make_skewed(streamed, skew) if skew else _make_plain(streamed)
         shards.close()
         model.config.architectures = [type(model).__name__]
@@ -127,9 +135,10 @@ class _Shards:
 class _StreamedModel:
     """A model on the meta device whose layers come into memory, are written and vanish, one at a time."""
 
-    def __init__(self, model: Any, shards: _Shards) -> None:
+    def __init__(self, model: Any, shards: _Shards, damping: float) -> None:
         self.model = model
         self._shards = shards
+        self._damping = damping
         name, layers = next(item for item in model.named_modules() if isinstance(item[1], nn.ModuleList))
         self.layers: dict[str, nn.Module] = {f"{name}.{index}": layer for index, layer in enumerate(layers)}
         for key, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -153,6 +162,8 @@ class _StreamedModel:
             # AFMoE's routers start at zero: all tokens would choose the first experts.
             if weight.dim() == 2 and ("router" in key or "gate" in key) and not weight.any():
                 weight.normal_(std=0.02)
+            if self._damping < 1 and key.removesuffix(".weight").endswith(DAMPED):
+                weight.mul_(self._damping)
 
     def write_layer(self, name: str) -> None:
         self._write({f"{name}.{key}": tensor for key, tensor in self.layers[name].state_dict().items()})

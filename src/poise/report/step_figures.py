@@ -34,7 +34,8 @@ class StepFigures(OfPasses):
     ``own_pairs``, of which ``guessed_wrong`` were predicted for other experts. ``replicas_planned``, ``replicas_used``: those
     between came too late, or not at all. ``replica_bytes``: of all that came. ``declined``: layers in which nothing paid;
     ``late``: in which no plan was there in time.
-    ``exposed_s``: predicting, planning, dividing, and the message of counts: what passes are longer for it, mean over ranks.
+    ``exposed_s``: predicting, planning, dividing, and the message of counts: what passes are longer for it, mean over ranks;
+    ``exposed_most_s``: of the rank that took longest in each layer, for which the others wait.
     ``aux_s``: processor time of the auxiliary threads. ``rested``: layers in which nothing was predicted or planned, as that
     would have cost more than it brings. ``learnt_steps`` of all ranks' predictors, of which ``learnt_late`` ended when nobody
     waited any more; ``learnt_s``: mean over ranks.
@@ -50,6 +51,7 @@ class StepFigures(OfPasses):
     declined_P: Floats
     late_P: Floats
     exposed_s_P: Floats
+    exposed_most_s_P: Floats
     aux_s_P: Floats
     rested_P: Floats
     learnt_steps_P: Floats
@@ -65,6 +67,7 @@ class StepFigures(OfPasses):
     declined_L: Floats
     late_L: Floats
     exposed_s_L: Floats
+    exposed_most_s_L: Floats
     aux_s_L: Floats
     rested_L: Floats
     learnt_steps_L: Floats
@@ -86,6 +89,7 @@ class StepFigures(OfPasses):
             "rested_passes": int((self.rested_P == len(self.rested_L)).sum()),
             "rested_layers": float(self.rested_P.sum()),
             "exposed_frac": _share(self.exposed_s_P, self.pass_s_P),
+            "exposed_most_frac": _share(self.exposed_most_s_P, self.pass_s_P),
             "aux_s": float(self.aux_s_P.sum()),
             "learnt_steps": float(self.learnt_steps_P.sum()),
             "learnt_late": float(self.learnt_late_P.sum()),
@@ -127,6 +131,7 @@ def step_figures_of(layer: Mapping[str, Floats], pass_s_RP: Floats) -> StepFigur
     sums_PL = {name: layer[name].sum(axis=0) for name in SUMMED}
     sums_PL |= {name: layer[name].max(axis=0) for name in ("declined", "late", "rested")}
     sums_PL["exposed_s"] = layer["balance_s"].mean(axis=0) + layer["counts_s"].min(axis=0)
+    sums_PL["exposed_most_s"] = layer["balance_s"].max(axis=0) + layer["counts_s"].min(axis=0)
     sums_PL["learnt_s"] = layer["learnt_s"].mean(axis=0)
     home_PL, now_PL = over_mean(layer["home_pairs"]), over_mean(layer["routed_tokens"])
     return StepFigures(

@@ -46,6 +46,10 @@ RANDOM_CONFIG: Mapping[str, Any] = {
     "bos_token_id": 0,
 }
 SKEW = 0.7
+WIDE_CONFIG: Mapping[str, Any] = {**RANDOM_CONFIG, "hidden_size": 1024, "moe_intermediate_size": 256}
+"""Tokens are twice as wide and experts a quarter, so that sending is a large part of a step."""
+WIDE_DAMPING = 0.025
+"""At which a router that is asked a layer early is right about as often as in trained models (decision 066)."""
 ROOM_BYTES = 2 * GIB
 
 Ints = npt.NDArray[np.int64]
@@ -105,16 +109,28 @@ def bundled_case(directory: Path) -> Case:
 
 def random_case(directory: Path, *, skew: float = SKEW) -> Case:
     """Random weights and tokens; the r-th most popular expert is chosen by about 1 / r ^ ``skew``."""
+    return _of_random_weights(directory / f"random-{skew:g}", RANDOM_CONFIG, "random weights", skew)
+
+
+def wide_case(directory: Path) -> Case:
+    """The same with wide tokens, narrow experts, and hidden states that change little from layer to layer."""
+    target, name = directory / f"random-wide-{SKEW:g}-{WIDE_DAMPING:g}", "random weights, wide tokens"
+    return _of_random_weights(target, WIDE_CONFIG, name, SKEW, damping=WIDE_DAMPING)
+
+
+def _of_random_weights(
+    target: Path, config: Mapping[str, Any], name: str, skew: float, *, damping: float = 1.0
+) -> Case:
     from transformers import AutoConfig
 
     from poise.model.random_checkpoint import make_checkpoint
 
-    target = directory / f"random-{skew:g}"
     if not target.exists():
-        make_checkpoint(AutoConfig.for_model("qwen3_moe", **RANDOM_CONFIG), target, dtype=DTYPE, skew=skew)
+        made = AutoConfig.for_model("qwen3_moe", **config)
+        make_checkpoint(made, target, dtype=DTYPE, skew=skew, damping=damping)
     draw = np.random.default_rng(0)
-    rows = {name: draw.integers(3, RANDOM_CONFIG["vocab_size"], (400, ROW_TOKENS)) for name in ("profile", "measured")}
-    return Case(name=f"random weights, popularity 1 / rank ^ {skew:g}", model=target, rows=rows)
+    rows = {kind: draw.integers(3, config["vocab_size"], (400, ROW_TOKENS)) for kind in ("profile", "measured")}
+    return Case(name=f"{name}, popularity 1 / rank ^ {skew:g}", model=target, rows=rows)
 
 
 @cache

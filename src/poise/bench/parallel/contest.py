@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from poise.bench.parallel.session import JobResult, Session
+from poise.bench.parallel.shapes import predicting_frac
 from poise.bench.parallel.unequal import costs_of, placements_of
 from poise.bench.parts import say
 from poise.engine.balances import REDUNDANT_SLOTS
@@ -26,7 +27,8 @@ LONGER, GRACE_S = 1.3, 10.0
 """A run may take so many times as long as the others, and end so much later than it should, before it has failed."""
 REPLAY = "counts of an earlier run"
 EVEN_TOKENS, EVEN_TIMES = "token-balanced", "speed-aware"
-"""Stand in a contender for what is made while measuring: counts, and placements by ``unequal.POLICIES``."""
+EVEN_LATELY = "token-balanced, by what came last"
+"""Stand in a contender for what is made while measuring: counts, and placements, the first two of ``unequal.POLICIES``."""
 Contenders = dict[str, Mapping[str, Any]]
 STATIC: Contenders = {"static": {"balance": "static"}}
 MOVERS: Contenders = {
@@ -53,18 +55,23 @@ def contest(
     warm_up: int = WARM_UP,
     behind_tokens: int | None = None,
     learnt_tokens: int | None = None,
+    lately: int | None = None,
     steps: int | None = None,
+    decode_alone: bool = False,
     until_s: float | None = None,
 ) -> dict[str, Any]:
     """Facts of each contender; ``job`` is what they have in common, with passes enough. The first one is the yardstick.
 
     ``behind_tokens``: in place of ``warm_up``: as many passes as it takes until so many tokens are generated.
-    ``learnt_tokens``: likewise, of the passes that placements are made from; None: all that do not count. ``steps``: passes
-    that count; None: all that are left. ``until_s``: by the monotonic clock; a run that would not end by then does not begin,
-    and facts are of those before it (``passes``). Raises PoiseError if there is none.
+    ``learnt_tokens``: likewise, of the passes that placements are made from; None: all that do not count. ``lately``: so many
+    of those, the last, are what ``EVEN_LATELY`` is made from. ``steps``: passes that count, None: all that are left;
+    ``decode_alone``: of them those alone that have no prompt in them, and so the fewest tokens. ``until_s``: by the monotonic
+    clock; a run that would not end by then does not begin, and facts are of those before it (``passes``). Raises PoiseError if
+    there is none.
     """
     runs: dict[str, list[JobResult]] = {}
     spent_s: list[float] = []
+    counted = slice(warm_up, None if steps is None else warm_up + steps)
     replay: Path | None = None
     placed: Mapping[str, Any] = {}
     for name in _turns(contenders, rounds):
@@ -81,13 +88,17 @@ def contest(
             replay = directory / "replay.npy"
             np.save(replay, result.load_RPLE)
             learnt = warm_up if learnt_tokens is None else result.passes_until(learnt_tokens)
-            placed = _placed(result, learnt)
+            placed = _placed(result, learnt, lately or learnt)
+            counted = _counted(result.load_RPLE, warm_up, steps, decode_alone=decode_alone)
         spent_s.append(time.monotonic() - began_s)
-        counted = slice(warm_up, None if steps is None else warm_up + steps)
         say(f"  {name}: {1e3 * float(np.median(result.step_s_P[counted])):.0f} ms a pass, {spent_s[-1]:.0f} s in all")
     if not runs:
         raise PoiseError(f"{session.layout.name}: no time is left for a single run; give more")
     facts = {name: summary(runs[name], counted) for name in contenders if name in runs}
+    for name, row in facts.items():
+        if row["balanced"] is not None:
+            frac = predicting_frac(Path(job["model"]), contenders[name].get("steps", {}))
+            row["balanced"]["predicting_of_experts_flops"] = frac
     yardstick = facts[next(iter(contenders))]
     for row in facts.values():
         row["speedup"] = yardstick["step_s"] / row["step_s"]
@@ -109,20 +120,33 @@ def _given(contender: Mapping[str, Any], replay: Path | None, placed: Mapping[st
     if given.get("steps", {}).get("replay") == REPLAY:
         assert replay is not None, "a static contender comes before the oracle"
         given["steps"] = {**given["steps"], "replay": str(replay)}
-    if given.get("placement") in (EVEN_TOKENS, EVEN_TIMES):
+    if given.get("placement") in (EVEN_TOKENS, EVEN_TIMES, EVEN_LATELY):
         assert placed, "a static contender comes before those that are placed"
         given["placement"] = placed[given["placement"]]
     return given
 
 
-def _placed(result: JobResult, passes: int) -> Mapping[str, Any]:
-    """The planners' placements for what was seen in the first ``passes``, as a file has them."""
+def _placed(result: JobResult, passes: int, lately: int) -> Mapping[str, Any]:
+    """The planners' placements for what was seen in the first ``passes``, or in the last of those, as a file has them."""
     assert result.load_PLE is not None, "a static contender keeps its counts"
-    made = placements_of(result.load_PLE[:passes], costs_of([result], passes), REDUNDANT_SLOTS)
-    return {name: made[name].to_json() for name in (EVEN_TOKENS, EVEN_TIMES)}
+    costs = costs_of([result], passes)
+    made = placements_of(result.load_PLE[:passes], costs, REDUNDANT_SLOTS)
+    late = placements_of(result.load_PLE[passes - lately : passes], costs, REDUNDANT_SLOTS)
+    placed = {EVEN_TOKENS: made[EVEN_TOKENS], EVEN_TIMES: made[EVEN_TIMES], EVEN_LATELY: late[EVEN_TOKENS]}
+    return {name: each.to_json() for name, each in placed.items()}
 
 
-def summary(results: Sequence[JobResult], counted: slice) -> dict[str, Any]:
+def _counted(load_RPLE: Any, warm_up: int, steps: int | None, *, decode_alone: bool) -> Any:
+    """Those that count among a run's passes, as an index."""
+    counted = slice(warm_up, None if steps is None else warm_up + steps)
+    if not decode_alone:
+        return counted
+    tokens_P = load_RPLE.sum(axis=(0, 2, 3))
+    at_P = np.arange(len(tokens_P))
+    return at_P[counted][tokens_P[counted] == tokens_P[counted].min()]
+
+
+def summary(results: Sequence[JobResult], counted: Any) -> dict[str, Any]:
     """Medians over the passes that count; imbalances of tokens and of time, means. ``expert_s``: the slowest rank's experts of
     each layer. ``even_s``: steps, were they as long as their mean over ranks. ``balanced``: what balancing each step did, None
     where nobody does."""
@@ -130,7 +154,7 @@ def summary(results: Sequence[JobResult], counted: slice) -> dict[str, Any]:
     steps = [each.facts["figures"]["steps"] for each in results]
 
     def values_P(name: str) -> Any:
-        return np.concatenate([each[name][counted] for each in steps])
+        return np.concatenate([np.asarray(each[name])[counted] for each in steps])
 
     slowest_P, imbalance_P = values_P("slowest_s"), values_P("time_imbalance")
     return {
@@ -147,11 +171,11 @@ def summary(results: Sequence[JobResult], counted: slice) -> dict[str, Any]:
     }
 
 
-def _balanced(parts: Sequence[Mapping[str, Any] | None], counted: slice) -> dict[str, Any] | None:
+def _balanced(parts: Sequence[Mapping[str, Any] | None], counted: Any) -> dict[str, Any] | None:
     told = [part["steps"] for part in parts if part is not None]
     if not told:
         return None
-    sums = {name: np.concatenate([each[name][counted] for each in told]) for name in told[0]}
+    sums = {name: np.concatenate([np.asarray(each[name])[counted] for each in told]) for name in told[0]}
     passes = len(sums["pass_s"])
     return {
         "home_imbalance": float(sums["home_imbalance"].mean()),
@@ -166,8 +190,12 @@ def _balanced(parts: Sequence[Mapping[str, Any] | None], counted: slice) -> dict
                 "late",
                 "rested",
                 "exposed_s",
+                "exposed_most_s",
                 "aux_s",
             )
         },
-        "exposed_frac": float(sums["exposed_s"].sum() / sums["pass_s"].sum()),
+        **{
+            f"{name}_frac": float(sums[f"{name}_s"].sum() / sums["pass_s"].sum())
+            for name in ("exposed", "exposed_most")
+        },
     }

@@ -9,46 +9,31 @@ part without its limits fails and says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from poise.bench.cluster.layout import (
-    GBIT_PER_S,
-    ClusterLayout,
-    eight_ranks,
-    four_unequal_ranks,
-    slow_link,
-    two_ranks,
-)
+from poise.bench.cluster.layout import ClusterLayout, eight_ranks, four_unequal_ranks
+from poise.bench.parallel import break_even
 from poise.bench.parallel.case import (
     Case,
     beginnings,
     bundled_case,
     cycled,
     equal_ranks,
-    prefill_job,
     random_case,
+    wide_case,
     widened_case,
     work_directory,
-    write_rows,
 )
-from poise.bench.parallel.contest import (
-    AHEAD,
-    MOVERS,
-    ORACLE,
-    PROBE,
-    PROBE_VIBE,
-    ROUNDS,
-    STATIC,
-    WARM_UP,
-    Contenders,
-    contest,
-)
+from poise.bench.parallel.contest import AHEAD, MOVERS, ORACLE, PROBE, PROBE_VIBE, ROUNDS, STATIC, WARM_UP, Contenders
 from poise.bench.parallel.distilled import distilled
 from poise.bench.parallel.online import learning_through_a_switch
+from poise.bench.parallel.part_names import PROBE as PROBE_PARTS
+from poise.bench.parallel.probe_contenders import ALL, SLOTS, UNPREDICTED, VOLATILE, WAYS
+from poise.bench.parallel.probe_passes import MIXED, Passes, Stretch, Uneven, about, begun, linked, mixed, with_engines
 from poise.bench.parallel.probe_tables import tables
 from poise.bench.parallel.session import Session
 from poise.bench.parts import Parts
@@ -56,240 +41,149 @@ from poise.bench.publish import publish
 from poise.bench.scratch import Scratch
 
 NAME = "parallel-probe"
+PARTS = PROBE_PARTS
 STEPS = 8
 """Passes that are measured of each contender in each round, unless --steps says otherwise."""
-KNOWN = 6
-"""Passes after which costs are known."""
-DECODE_ROWS, DECODE_PROMPT = 128, 8
-"""Sequences of each rank, and tokens they begin with."""
+EVEN = 0.01
+"""An exponent at which all experts are about as popular."""
+RANDOM_IMBALANCE, PROFILE_ROWS = 2.0, 16
+"""Of the random model with wide tokens: most of a rank over the mean, by so many rows of other tokens."""
+DECODE_ROWS, FEW_RANKS_ROWS, DECODE_PROMPT = 128, 256, 8
+"""Sequences of each rank, of eight and of four, and tokens they begin with."""
 SWITCH_TOKENS = 12
 """Decode behind a switch: tokens of prose that each sequence gets, from which EPLB and ViBE learn, before code is begun."""
 MANY_ROWS, MANY_PROMPT, MANY_TOKENS = 512, 2, 8
 """As many as in the paper; they begin with less and get less, so that a run ends in a minute."""
-MIXED = "code and prose"
-EVEN = 0.01
-"""An exponent at which all experts are about as popular."""
-SKEWS = (EVEN, 0.35, 0.7)
-TOKENS = (16, 64, 256)
-OVERHEAD_ROWS, OVERHEAD_TOKENS = (4, 16), 64
-"""Prompts of each rank in a pass, and tokens of each: few enough to come in whole."""
-LINKS: Mapping[str, Callable[[], ClusterLayout]] = {
-    "loopback": two_ranks,
-    "4 Gbit/s": lambda: two_ranks().with_link(4 * GBIT_PER_S),
-    "1 Gbit/s": slow_link,
-}
-UNPREDICTED: Contenders = {
-    "after the gate": {"balance": "probe", "steps": {"predictor": "none"}},
-    "last pass": {"balance": "probe", "steps": {"predictor": "last"}},
-}
-WAYS: Contenders = {
-    **UNPREDICTED,
-    "frozen gate": {"balance": "probe"},
-    "not suspended": {"balance": "probe", "steps": {"suspends": False}},
-    **ORACLE,
-}
-SLOTS: Contenders = {
-    f"{slots} replica slots": {"balance": "probe", "steps": {"replica_slots": slots}} for slots in range(5)
-}
-ALL: Contenders = STATIC | MOVERS | PROBE | ORACLE
+BURST_PROMPT, BURST_TOKENS, BURSTS_BEFORE = 8, 6, 4
+"""Volatile batches: tokens that sequences of a burst begin with, and get; and bursts that do not count."""
 
 
 class _Suite:
-    """The parts, each a method. ``scratch``: for prompts; ``steps``: passes that count."""
+    """The parts, each a method. ``widened``: the bundled model with wide experts."""
 
-    def __init__(self, directory: Path, scratch: Path, steps: int) -> None:
-        self._scratch, self._steps = scratch, steps
-        self._directory = directory
+    def __init__(self, passes: Passes, widened: Case) -> None:
+        self._passes, self._widened = passes, widened
 
-    def parts_of(self, widened: Case) -> Mapping[str, Callable[[], dict[str, Any]]]:
+    def parts(self) -> Mapping[str, Callable[[], dict[str, Any]]]:
         """In their order."""
-        links = {name.replace(" ", "").replace("/", ""): layout for name, layout in LINKS.items()}
-        unequal = replace(four_unequal_ranks(), copy_engines=True)
+        case, passes = self._widened, self._passes
+        unequal = with_engines(four_unequal_ranks())
+        known = partial(passes.prefill, case, warm_up=break_even.KNOWN)
+        links = with_engines(equal_ranks()), linked()
         return {
-            "code": lambda: self._prefill(widened, eight_ranks(), _rows(widened, "code"), self._every(widened)),
-            "mixed": lambda: self._prefill(widened, eight_ranks(), _mixed(widened), self._all(widened)),
-            "switch": lambda: self._switch(widened),
-            "decode": lambda: self._decode(widened, ["code"], self._all(widened), WARM_UP),
-            "decode-mixed": lambda: self._decode(widened, [MIXED], self._all(widened), WARM_UP),
-            "decode-switch": lambda: self._decode_switch(widened, 64),
-            "decode-switch-256": lambda: self._decode_switch(widened, 256),
-            "decode-switch-512": lambda: self._decode_switch_of_many(widened),
-            "unequal": lambda: self._prefill(widened, unequal, _rows(widened, "code"), self._all(widened) | PROBE_VIBE),
-            "ways": lambda: self._ways(widened),
-            "online": lambda: self._online(widened),
-            "ahead": lambda: self._prefill(widened, _aside(), _rows(widened, "code"), STATIC | AHEAD, warm_up=KNOWN),
-            "slots": lambda: self._prefill(widened, _linked(), _mixed(widened), STATIC | SLOTS, warm_up=KNOWN),
-            "no-engines": lambda: self._prefill(
-                widened, equal_ranks(), _rows(widened, "code"), STATIC | PROBE, warm_up=KNOWN
+            "code": lambda: passes.prefill(case, eight_ranks(), case.rows["code"], self._all() | UNPREDICTED),
+            "mixed": lambda: passes.prefill(case, eight_ranks(), mixed(case), self._all()),
+            "switch": lambda: self._switch(eight_ranks(), self._all() | UNPREDICTED),
+            "decode": lambda: self._decode("code"),
+            "decode-mixed": lambda: self._decode(MIXED),
+            "decode-switch": lambda: self._decode_switch(64),
+            "decode-switch-256": lambda: self._decode_switch(256, rounds=1),
+            "decode-switch-512": lambda: self._decode_switch(
+                MANY_ROWS, prompt=MANY_PROMPT, tokens=MANY_TOKENS, rounds=1
             ),
-            "random": lambda: self._prefill(self._random(0.7), LINKS["4 Gbit/s"](), None, ALL),
-            "overhead": self._overhead,
-            "break-even-tokens": lambda: self._break_even_tokens(widened),
-            **{f"break-even-{name}": self._break_even(layout) for name, layout in links.items()},
+            "decode-volatile": self._decode_volatile,
+            "unequal": lambda: passes.prefill(case, unequal, case.rows["code"], self._all() | PROBE_VIBE),
+            "unequal-decode": lambda: self._decode(
+                "code", unequal, STATIC | MOVERS | PROBE | PROBE_VIBE | ORACLE, rows=FEW_RANKS_ROWS
+            ),
+            "unequal-switch": lambda: self._switch(
+                unequal, STATIC | {"vibe": MOVERS["vibe"]} | PROBE | PROBE_VIBE | ORACLE
+            ),
+            "ways": lambda: known(linked(), mixed(case), STATIC | WAYS | passes.distilled(case, "distilled")),
+            "online": self._online,
+            "ahead": lambda: known(links[0], case.rows["code"], STATIC | AHEAD),
+            "slots": lambda: known(linked(), mixed(case), STATIC | SLOTS),
+            "no-engines": lambda: known(equal_ranks(), case.rows["code"], STATIC | PROBE),
+            "random": lambda: self._random(wide_case(passes.directory)),
+            "random-decode": lambda: self._random_decode(wide_case(passes.directory)),
+            "overhead": lambda: break_even.overhead(passes, random_case(passes.directory, skew=EVEN)),
+            "break-even-tokens": lambda: break_even.by_tokens(passes, case),
+            "break-even-imbalance": lambda: break_even.by_imbalance(passes, case, links[0]),
+            "break-even-imbalance-1Gbits": lambda: break_even.by_imbalance(passes, case, links[1]),
         }
 
-    def _random(self, skew: float) -> Case:
-        return random_case(self._directory, skew=skew)
+    def _all(self) -> Contenders:
+        return self._passes.all_of(self._widened)
 
-    def _prefill(
-        self,
-        case: Case,
-        layout: ClusterLayout,
-        rows_WT: Any,
-        contenders: Contenders,
-        *,
-        rows_per_rank: int = 1,
-        warm_up: int = WARM_UP,
-        rounds: int = 2,
-    ) -> dict[str, Any]:
-        """Passes over new prompts. ``rows_WT``: None for the case's own."""
-        rows_WT = next(iter(case.rows.values())) if rows_WT is None else rows_WT
-        count = rows_per_rank * len(layout.ranks) * (self._steps + warm_up)
-        prompts = write_rows(self._scratch / "prefill.json", cycled(rows_WT, count))
-        job = prefill_job(case, prompts, rows_per_rank=rows_per_rank)
-        with Session(layout) as session:
-            facts = contest(session, job, contenders, self._scratch, rounds=rounds, warm_up=warm_up)
-            return self._about(case, session, "prefill", rows_per_rank * rows_WT.shape[1]) | {"policies": facts}
-
-    def _ways(self, case: Case) -> dict[str, Any]:
-        """All ways to know the counts of the layer to come, and without suspension."""
-        ways = STATIC | WAYS | self._distilled(case, "distilled")
-        return self._prefill(case, _linked(), _mixed(case), ways, warm_up=KNOWN)
-
-    def _every(self, case: Case) -> Contenders:
-        return self._all(case) | UNPREDICTED
-
-    def _all(self, case: Case) -> Contenders:
-        return STATIC | MOVERS | PROBE | self._distilled(case, "probe, distilled") | ORACLE
-
-    def _distilled(self, case: Case, name: str) -> Contenders:
-        trained = distilled(self._directory, bundled_case(self._directory), case)
-        return {name: {"balance": "probe", "steps": {"lookahead": str(trained)}}}
-
-    def _switch(self, case: Case) -> dict[str, Any]:
+    def _switch(self, layout: ClusterLayout, contenders: Contenders) -> dict[str, Any]:
         """Prose for as long as nothing counts, then code."""
-        layout = eight_ranks()
-        ranks = len(layout.ranks)
-        rows = [cycled(case.rows["prose"], WARM_UP * ranks), cycled(case.rows["code"], self._steps * ranks)]
-        return self._prefill(case, layout, np.concatenate(rows), self._every(case))
+        case, ranks = self._widened, len(layout.ranks)
+        rows = [cycled(case.rows["prose"], WARM_UP * ranks), cycled(case.rows["code"], self._passes.steps * ranks)]
+        return self._passes.prefill(case, layout, np.concatenate(rows), contenders)
 
-    def _online(self, case: Case) -> dict[str, Any]:
+    def _online(self) -> dict[str, Any]:
         """Predictors that were distilled on prose, and then see code: as they are, and learning."""
-        on_prose = distilled(self._directory, bundled_case(self._directory), case, kinds=["prose profile"])
-        with Session(_aside()) as session:
-            facts = learning_through_a_switch(session, case, self._scratch, on_prose)
-            return self._about(case, session, "prefill", case.rows["code"].shape[1]) | facts
-
-    def _decode_switch(self, case: Case, rows: int) -> dict[str, Any]:
-        """Code is generated, and EPLB and ViBE have arranged experts for prose that was."""
-        rounds = ROUNDS if rows < DECODE_ROWS else 1
-        return self._decode(case, ["prose", "code"], self._all(case), SWITCH_TOKENS, rows=rows, rounds=rounds)
-
-    def _decode_switch_of_many(self, case: Case) -> dict[str, Any]:
-        """As many sequences a rank as the paper's least."""
-        contenders = self._all(case)
-        return self._decode(
-            case, ["prose", "code"], contenders, MANY_TOKENS, rows=MANY_ROWS, prompt=MANY_PROMPT, rounds=1
-        )
+        case, directory = self._widened, self._passes.directory
+        on_prose = distilled(directory, bundled_case(directory), case, kinds=["prose profile"])
+        with Session(with_engines(equal_ranks())) as session:
+            facts = learning_through_a_switch(session, case, self._passes.scratch, on_prose)
+            return about(case, session, "prefill", case.rows["code"].shape[1]) | facts
 
     def _decode(
         self,
-        case: Case,
-        kinds: Sequence[str],
-        contenders: Contenders,
-        passes: int,
+        kind: str,
+        layout: ClusterLayout | None = None,
+        contenders: Contenders | None = None,
         *,
         rows: int = DECODE_ROWS,
-        prompt: int = DECODE_PROMPT,
-        rounds: int = ROUNDS,
     ) -> dict[str, Any]:
-        """Sequences of one kind, ``passes`` tokens of each, then of the next; those of the last kind count, without prefill, or
-        behind as many tokens if there is no other."""
-        layout = eight_ranks()
-        per_kind = rows * len(layout.ranks)
-        rows_WT = np.concatenate([_beginnings(case, kind, per_kind, prompt) for kind in kinds])
-        prompts = write_rows(self._scratch / "decode.json", rows_WT)
-        *others, last = [passes] * (len(kinds) - 1) + [1 if len(kinds) > 1 else passes]
-        new_tokens = np.repeat([*others, last + self._steps], per_kind).tolist()
-        before = (sum(others) + last) * per_kind
-        job = {**prefill_job(case, prompts, rows_per_rank=rows), "new_tokens": new_tokens}
-        with Session(layout) as session:
-            facts = contest(
-                session,
-                job,
-                contenders,
-                self._scratch,
-                rounds=rounds,
-                behind_tokens=before,
-                learnt_tokens=sum(others) * per_kind if others else None,
-                steps=self._steps,
-            )
-            return self._about(case, session, "decode", rows) | {"policies": facts}
+        """Sequences of one kind."""
+        case, layout = self._widened, layout or eight_ranks()
+        begun_WT = begun(case, kind, rows * len(layout.ranks), DECODE_PROMPT)
+        only = Stretch(rows_WT=begun_WT, tokens=WARM_UP + self._passes.steps)
+        return self._passes.decode(case, layout, [only], contenders or self._all(), behind=WARM_UP)
 
-    def _overhead(self) -> dict[str, Any]:
-        """Even popularity: nothing to gain, so what balancing costs is seen, in short passes and in long ones."""
-        case, layout = self._random(EVEN), two_ranks()
-        rows_WT = next(iter(case.rows.values())).reshape(-1, OVERHEAD_TOKENS)
-        rows = [
-            self._prefill(case, layout, rows_WT, STATIC | PROBE, rows_per_rank=count, rounds=4, warm_up=KNOWN)
-            for count in OVERHEAD_ROWS
+    def _decode_switch(
+        self, rows: int, *, prompt: int = DECODE_PROMPT, tokens: int = SWITCH_TOKENS, rounds: int = ROUNDS
+    ) -> dict[str, Any]:
+        """Code is generated, but for the pass of its prompts, and EPLB and ViBE have arranged experts for prose that was."""
+        case, layout = self._widened, eight_ranks()
+        prose_WT, code_WT = (begun(case, kind, rows * len(layout.ranks), prompt) for kind in ("prose", "code"))
+        stretches = [
+            Stretch(rows_WT=prose_WT, tokens=tokens),
+            Stretch(rows_WT=code_WT, tokens=1 + self._passes.steps),
         ]
-        return {"rows": rows}
+        return self._passes.decode(
+            case, layout, stretches, self._all(), behind=tokens + 1, learnt=tokens, rounds=rounds
+        )
 
-    def _break_even_tokens(self, case: Case) -> dict[str, Any]:
-        """From few tokens, for which experts are hardly more than the reading of their weights, to many."""
-        rows = []
-        for tokens in TOKENS:
-            few = case.rows["code"][:, :tokens]
-            part = self._prefill(case, _aside(), few, STATIC | PROBE, warm_up=KNOWN)
-            rows.append({"tokens": tokens, **part})
-        return {"rows": rows}
+    def _decode_volatile(self) -> dict[str, Any]:
+        """Bursts of requests, all of one burst samples of one prompt, of prose and code in turn: half as many as passes count
+        elsewhere. Those of prompts do not."""
+        case, layout = self._widened, eight_ranks()
+        count, draw = DECODE_ROWS * len(layout.ranks), np.random.default_rng(0)
+        counted, stretches = -(-self._passes.steps // 2), list[Stretch]()
+        for burst in range(BURSTS_BEFORE + counted):
+            rows_WT = case.rows[("prose", "code")[burst % 2]]
+            prompt_T = rows_WT[draw.integers(len(rows_WT)), :BURST_PROMPT]
+            stretches.append(Stretch(rows_WT=np.tile(prompt_T, (count, 1)), tokens=BURST_TOKENS))
+        return self._passes.decode(
+            case,
+            layout,
+            stretches,
+            VOLATILE,
+            behind=BURSTS_BEFORE * BURST_TOKENS,
+            steps=counted * BURST_TOKENS,
+            lately=BURST_TOKENS,
+            decode_alone=True,
+            rounds=1,
+            more={"temperature": 1.0},
+        )
 
-    def _break_even(self, layout: Callable[[], ClusterLayout]) -> Callable[[], dict[str, Any]]:
-        def measure() -> dict[str, Any]:
-            rows = []
-            for skew in SKEWS:
-                case = self._random(skew)
-                part = self._prefill(case, layout(), None, STATIC | PROBE, warm_up=KNOWN)
-                rows.append({"skew": skew, **part})
-            return {"rows": rows}
+    def _random(self, case: Case) -> dict[str, Any]:
+        """Popular experts together on a rank, and wide tokens for narrow experts."""
+        return self._passes.prefill(case, linked(), case.rows["measured"], ALL, lies=_gathered(case))
 
-        return measure
-
-    def _about(self, case: Case, session: Session, kind: str, tokens: int) -> dict[str, Any]:
-        return {
-            "model": case.name,
-            "pass": kind,
-            "tokens_per_rank": tokens,
-            "layout": session.layout.name,
-            "shares": [limits.cores for limits in session.layout.ranks],
-            "limits_enforced": list(session.enforced),
-            "limits_missing": list(session.missing),
-        }
+    def _random_decode(self, case: Case) -> dict[str, Any]:
+        """Tokens are sampled: greedily, random weights repeat themselves."""
+        begun_WT = beginnings(case.rows["measured"], DECODE_ROWS * len(linked().ranks), DECODE_PROMPT)
+        only = Stretch(rows_WT=begun_WT, tokens=WARM_UP + self._passes.steps)
+        sampled = {"temperature": 1.0}
+        return self._passes.decode(case, linked(), [only], ALL, behind=WARM_UP, lies=_gathered(case), more=sampled)
 
 
-PARTS = (
-    "code",
-    "mixed",
-    "switch",
-    "decode",
-    "decode-mixed",
-    "decode-switch",
-    "decode-switch-256",
-    "decode-switch-512",
-    "unequal",
-    "ways",
-    "online",
-    "ahead",
-    "slots",
-    "no-engines",
-    "random",
-    "overhead",
-    "break-even-tokens",
-    "break-even-loopback",
-    "break-even-4Gbits",
-    "break-even-1Gbits",
-)
+def _gathered(case: Case) -> Uneven:
+    return Uneven(rows_WT=case.rows["profile"][:PROFILE_ROWS], imbalance=RANDOM_IMBALANCE)
 
 
 def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), steps: int | None = None) -> None:
@@ -297,35 +191,8 @@ def run(output: Path | None, json_output: bool, *, parts: Sequence[str] = (), st
     directory = work_directory()
     done = Parts(directory, NAME, order=PARTS, wanted=parts)
     with Scratch() as scratch:
-        done.run(_Suite(directory, scratch.path, steps or STEPS).parts_of(widened_case(directory)))
+        passes = Passes(directory, scratch.path, steps or STEPS)
+        done.run(_Suite(passes, widened_case(directory)).parts())
     results = {"parts": done.results()}
     publish(NAME, results, tables, output=output, json_output=json_output)
     done.raise_if_failed()
-
-
-def _linked() -> ClusterLayout:
-    """Four like ranks behind links of 1 Gbit/s, which replicas and tokens must share."""
-    return _aside().with_link(GBIT_PER_S)
-
-
-def _aside() -> ClusterLayout:
-    """Four like ranks with copy engines."""
-    return replace(equal_ranks(), copy_engines=True)
-
-
-def _rows(case: Case, kind: str) -> Any:
-    return case.rows[kind]
-
-
-def _beginnings(case: Case, kind: str, count: int, tokens: int) -> Any:
-    """``count`` stretches of so many tokens, from all over the rows; ``MIXED``: half of them code, half prose, on each rank."""
-    if kind == MIXED:
-        return np.concatenate([_beginnings(case, each, count // 2, tokens) for each in ("code", "prose")])
-    return beginnings(case.rows[kind], count, tokens)
-
-
-def _mixed(case: Case) -> Any:
-    """Code and prose in turn, so that no two passes are alike."""
-    code, prose = case.rows["code"], case.rows["prose"]
-    count = min(len(code), len(prose))
-    return np.stack([code[:count], prose[:count]], axis=1).reshape(-1, code.shape[1])

@@ -17,6 +17,8 @@ BALANCED = (
     "MB",
     "declined",
     "exposed",
+    "slowest",
+    "predicting",
     "aside",
 )
 
@@ -32,6 +34,8 @@ def tables(parts: Mapping[str, Facts]) -> list[Table]:
 
 def _speeds(name: str, facts: Facts) -> Table:
     title = f"{name}: {facts['pass']}, {facts['tokens_per_rank']} tokens a rank, {facts['layout']}; {facts['model']}"
+    if facts.get("layer_periods") is not None:
+        title += f"; {facts['layer_periods']:.0f} periods of the quotas in a layer"
     table = _empty(title, SPEED)
     for policy, row in facts["policies"].items():
         low, high = row["step_s_quartiles"]
@@ -65,10 +69,20 @@ def _balanced(facts: Facts) -> Table:
             f"{told['replica_bytes_per_pass'] / 1e6:.1f}",
             f"{told['declined_per_pass']:.1f}",
             f"{told['exposed_frac']:.1%}",
+            _percent(told.get("exposed_most_frac")),
+            _percent(told.get("predicting_of_experts_flops")),
             f"{1e3 * told['aux_s_per_pass']:.0f} ms",
         )
-    table.caption = "replicas, MB, layers where none paid and processor time aside: of a pass"
+    table.caption = (
+        "replicas, MB, layers where none paid and processor time aside: of a pass; exposed: mean of the ranks, slowest: of the "
+        "slowest rank of each layer; predicting: of the experts' FLOPs"
+    )
     return table
+
+
+def _percent(value: float | None) -> str:
+    """Nothing for a result of before it was measured."""
+    return "" if value is None else f"{value:.2%}"
 
 
 def _learnt(name: str, facts: Facts) -> Table:

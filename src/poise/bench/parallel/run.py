@@ -15,6 +15,7 @@ from typing import Any
 from poise.bench.cluster.layout import four_unequal_ranks, two_ranks
 from poise.bench.parallel import change, exactness, halves, scaling, unequal, watching
 from poise.bench.parallel.case import Case, bundled_case, equal_ranks, random_case, widened_case, work_directory
+from poise.bench.parallel.part_names import PARALLEL
 from poise.bench.parallel.session import Session
 from poise.bench.parallel.tables import tables
 from poise.bench.parts import Parts, say
@@ -22,7 +23,7 @@ from poise.bench.publish import publish
 from poise.bench.scratch import Scratch
 
 NAME = "parallel"
-PARTS = ("exact", "unequal", "unequal-random", "cut", "switch", "watching", "scaling", "halves")
+PARTS = PARALLEL
 STEPS = 12
 """Passes that are measured of each contender in each round, unless --steps says otherwise."""
 

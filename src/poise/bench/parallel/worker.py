@@ -5,7 +5,7 @@ batches]]), ``prompts`` (JSON file of token ids, in the order of passes), ``new_
 optional ``policy`` (fields other than as they are), ``placement`` (as its file has it), ``redundant_slots``,
 ``keeps_records`` (every layer of every pass, into a file), ``steps`` (as ``policy``, where each step is balanced: every one,
 unless it ``rests``), ``tells_passes`` (how many are done, in a file), ``has_figures`` (False: no layer is taken down),
-``device`` (left out: a GPU where there is one).
+``device`` (left out: a GPU where there is one), ``temperature`` (left out: greedy; each sequence samples by its own seed).
 """
 
 from __future__ import annotations
@@ -153,7 +153,11 @@ class _Rank:
         ]
         given = self._job["new_tokens"]
         tokens = given if isinstance(given, list) else [given] * len(prompts)
-        return prompts[::-1], [SamplingParams(max_tokens=count, ignore_eos=True) for count in tokens[::-1]]
+        params = [
+            SamplingParams(max_tokens=count, ignore_eos=True, temperature=self._job.get("temperature", 0.0), seed=seed)
+            for seed, count in enumerate(tokens)
+        ]
+        return prompts[::-1], params[::-1]
 
     def _stamp(self, progress: Progress) -> None:
         self._stamps_ns.append(perf_counter_ns())
