@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,12 +53,13 @@ class Room:
 class RoomDoor:
     room: Room
     rank: int
+    is_closed: bool = False
 
     def tell_all(self, row_N: np.ndarray) -> np.ndarray:
         return self.room.tell_all(self.rank, row_N)
 
     def close(self) -> None:
-        """It has none."""
+        self.is_closed = True
 
 
 @dataclass
@@ -283,8 +285,31 @@ def test_what_breaks_a_look_comes_out_at_the_next(layout: Any) -> None:
         ranks[0].forecast.error = ValueError("no router")
         ranks[0].look()
         time.sleep(0.2)
+        assert cast(RoomDoor, ranks[0].ahead._rows).is_closed, "no later row is taken for the one that is missing"
         with pytest.raises(ValueError, match="no router"):
             ranks[0].look()
+
+
+def test_what_breaks_the_last_look_is_said(layout: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with two_ranks(layout, np.stack([HOT_E, HOT_E])) as (room, ranks):
+        room.all_here.abort()
+        ranks[0].forecast.error = ValueError("no router")
+        ranks[0].look()
+    assert "looking ahead has failed: no router" in caplog.text
+
+
+def test_a_late_look_holds_no_hidden_states(layout: Any) -> None:
+    with two_ranks(layout, np.stack([HOT_E, HOT_E])) as (room, ranks):
+        room.delay_s = 0.2
+        one = spoken(AFTER)
+        hidden_TH = weakref.ref(one.hidden_TH)
+        ranks[0].look(NEXT)
+        ranks[0].ahead.end()
+        ranks[0].ahead.look(one, is_wanted=True)  # behind the one that is still to be told
+        ranks[0].ahead.end()
+        del one
+        assert hidden_TH() is None
+        room.all_here.abort()
 
 
 def test_each_part_of_a_look_is_in_the_timeline(layout: Any) -> None:

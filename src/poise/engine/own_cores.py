@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,10 +28,15 @@ def own_cores(device: torch.device) -> RankCores:
     """``device``: where this rank computes; one thread feeds a GPU."""
     return RankCores(
         host=_host(),
-        cores=tuple(sorted(os.sched_getaffinity(0))),
+        cores=tuple(sorted(_affinity())),
         quotas=_quotas(),
         threads=torch.get_num_threads() if device.type == "cpu" else 1,
     )
+
+
+def _affinity() -> Collection[int]:
+    """Linux tells; elsewhere all there are."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
 def _host() -> str:

@@ -78,6 +78,9 @@ def stepwise(
         most_work=options.most_work,
         costs=curves,
     )
+    rows = (
+        None if forecast is None or not _is_aside(group, options) else RowLinks(group, open_links(group, name="ahead"))
+    )
     planning = Planning(
         planner=make_planner(),
         windows=Windows(layers, links_R, chunk_bytes=chunk_bytes),
@@ -94,7 +97,8 @@ def stepwise(
     )
     ahead, learning = None, None
     if forecast is not None:
-        ahead, learning = _looking_ahead(group, options, forecast, planning, make_planner, lookahead)
+        learns = lookahead if options.online else None
+        ahead, learning = _looking_ahead(rows, forecast, planning, make_planner, learns, device=group.device)
     balance = StepBalance(
         group,
         planning,
@@ -107,25 +111,29 @@ def stepwise(
     return balance, learning
 
 
+def _is_aside(group: RankGroup, options: StepOptions) -> bool:
+    """All ranks at once, and on all alike: whether it is predicted and planned on a thread of its own."""
+    return options.ahead == "thread" or (options.ahead == "auto" and all_can_look_aside(group))
+
+
 def _looking_ahead(
-    group: RankGroup,
-    options: StepOptions,
+    rows: RowLinks | None,
     forecast: Forecast,
     planning: Planning,
     make_planner: Callable[[], StepPlanner],
-    lookahead: Lookahead | None,
+    learns: Lookahead | None,
+    *,
+    device: torch.device,
 ) -> tuple[Foresight, Learning | None]:
-    """All ranks at once: where it is predicted and planned, on all ranks alike, and when ``lookahead`` learns."""
-    is_aside = options.ahead == "thread" or (options.ahead == "auto" and all_can_look_aside(group))
-    learns = lookahead if options.online else None
-    if not is_aside:
+    """Where it is predicted and planned, aside with ``rows``, and when that which ``learns`` does so."""
+    if rows is None:
         return Inline(forecast, planning), None if learns is None else RankLearning(learns)
     learner = None if learns is None else OnlineLearner(learns, RANK_RULE)
     ahead = OnThread(
-        RowLinks(group, open_links(group, name="ahead")),
+        rows,
         forecast,
         replace(planning, planner=make_planner()),
-        device=group.device,
+        device=device,
         learn=None if learner is None else learner.idle,
     )
     return ahead, None if learner is None else AsideLearning(learner, ahead.submit, num_layers=planning.num_layers)

@@ -10,6 +10,7 @@ learns. Letters: R ranks, E experts. Source: PROBE (arXiv 2602.00509), section 5
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -26,8 +27,10 @@ import torch
 from poise.parallel.courier import Courier
 from poise.parallel.forecast import Forecast
 from poise.parallel.step_ahead import Foreseen, PlannerChange, Planning, Spoken
-from poise.parallel.step_news import Ints, StepNews, told
+from poise.parallel.step_news import Ints, RankNews, StepNews, told
 from poise.spec.timeline import AHEAD, Span, Timeline
+
+logger = logging.getLogger(__name__)
 
 THREAD_NAME = "poise-ahead"
 CLOSE_S = 1.0
@@ -42,25 +45,25 @@ class Rows(Protocol):
 
 
 class Look:
-    """At one layer to come. ``guess_E``: predicted counts of this rank's tokens; None: not yet."""
+    """At one layer to come. ``spoken``: until that begins, or never will, so that late looks hold no hidden states.
+    ``guess_E``: predicted counts of this rank's tokens; None: not yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, spoken: Spoken) -> None:
+        self.spoken: Spoken | None = spoken
         self.guess_E: Ints | None = None
         self._lock = threading.Lock()
         self._foreseen: Foreseen | None = None
-        self.is_over = False
-        """The layer has begun, or never will."""
 
     def done(self, begin: Callable[[], Foreseen]) -> None:
         """What comes of it: ``begin`` is called if that is still of use."""
         with self._lock:
-            if not self.is_over:
+            if self.spoken is not None:
                 self._foreseen = begin()
 
     def end(self, *, is_late: bool = True) -> Foreseen:
         """``is_late``: whether a plan that is not there yet is missed."""
         with self._lock:
-            self.is_over = True
+            self.spoken = None
             foreseen = self._foreseen or Foreseen(is_late=is_late)
             return replace(foreseen, may_pay=True, guess_E=self.guess_E)
 
@@ -101,8 +104,8 @@ class OnThread:
     def look(self, spoken: Spoken, *, is_wanted: bool) -> Ints:
         """Raises what has broken an earlier one."""
         if is_wanted:
-            self._look = look = Look()
-            self.submit(partial(self._take, spoken, look))
+            self._look = look = Look(spoken)
+            self.submit(partial(self._take, spoken.news, spoken.own_E, look))
         else:
             self.saw(spoken.news.layer, spoken.own_E)
         return np.zeros_like(spoken.own_E)
@@ -135,12 +138,18 @@ class OnThread:
 
     def close(self) -> None:
         """Ends the thread behind looks that the other ranks have handed over, too. Safe to call twice."""
-        wait(self._under_way, timeout=CLOSE_S)
+        for look in wait(self._under_way, timeout=CLOSE_S).done:
+            if not look.cancelled() and look.exception() is not None:
+                logger.warning("looking ahead has failed: %s", look.exception())
         self._courier.close()
         self._rows.close()
 
     def _do(self, work: Callable[[], None]) -> None:
-        work()
+        try:
+            work()
+        except BaseException:
+            self._rows.close()  # nobody takes the row of a later look for this one's
+            raise
         self._done += 1
         while self._learn is not None and self._done == self._submitted:
             began_ns = perf_counter_ns()
@@ -149,15 +158,15 @@ class OnThread:
             self._show(("learn", began_ns, perf_counter_ns()))
         self.cpu_s = time.thread_time()
 
-    def _take(self, spoken: Spoken, look: Look) -> None:
+    def _take(self, news_here: RankNews, own_E: Ints, look: Look) -> None:
         began_ns = perf_counter_ns()
-        planning, layer = self._planning, spoken.news.layer
-        own, guess_E = replace(spoken.news, late=look.is_over), np.zeros_like(spoken.own_E)
-        self._forecast.saw(layer, spoken.own_E)
-        if not own.late:
+        planning, layer, spoken = self._planning, news_here.layer, look.spoken
+        own, guess_E = replace(news_here, late=spoken is None), np.zeros_like(own_E)
+        self._forecast.saw(layer, own_E)
+        if spoken is not None:
             look.guess_E = guess_E = spoken.predicted_E(self._forecast, planning.following(layer))
         asked_ns = perf_counter_ns()
-        row_N = told(own, spoken.own_E, guess_E, (0,) * planning.num_ranks)
+        row_N = told(own, own_E, guess_E, (0,) * planning.num_ranks)
         news = StepNews.heard(self._rows.tell_all(row_N))
         heard_ns = perf_counter_ns()
         if not news.of("late").any():
@@ -167,8 +176,9 @@ class OnThread:
         self._show(*parts, layer=layer)
 
     def _show(self, *parts: tuple[str, int, int], **detail: int) -> None:
-        if self.timeline is not None:
-            self.timeline.spans.extend(Span(AHEAD, name, begin_ns, end_ns, detail) for name, begin_ns, end_ns in parts)
+        timeline = self.timeline  # the computing thread may take it away
+        if timeline is not None:
+            timeline.spans.extend(Span(AHEAD, name, begin_ns, end_ns, detail) for name, begin_ns, end_ns in parts)
 
 
 def _nothing() -> None:
