@@ -72,6 +72,7 @@ def contest(
     runs: dict[str, list[JobResult]] = {}
     spent_s: list[float] = []
     counted = slice(warm_up, None if steps is None else warm_up + steps)
+    needs_records = decode_alone or behind_tokens is not None or any(_stands(each) for each in contenders.values())
     replay: Path | None = None
     placed: Mapping[str, Any] = {}
     for name in _turns(contenders, rounds):
@@ -81,7 +82,10 @@ def contest(
             if until_s - began_s < (LONGER * float(np.median(spent_s)) if spent_s else 0.0):
                 say(f"  no time is left for {name}")
                 break
-        result = session.run({**job, **_given(contenders[name], replay, placed)})
+        given = _given(contenders[name], replay, placed)
+        if needs_records and replay is None and given["balance"] == "static":
+            given["keeps_records"] = True  # once, as that takes time
+        result = session.run({**job, **given})
         runs.setdefault(name, []).append(result)
         if replay is None and result.load_RPLE is not None:
             warm_up = warm_up if behind_tokens is None else result.passes_until(behind_tokens)
@@ -112,11 +116,14 @@ def _turns(contenders: Contenders, rounds: int) -> list[str]:
     return [name for number in range(rounds) for name in (names if number % 2 == 0 else names[::-1])]
 
 
+def _stands(contender: Mapping[str, Any]) -> bool:
+    """Whether something made while measuring belongs in it."""
+    return REPLAY in contender.get("steps", {}).values() or "placement" in contender
+
+
 def _given(contender: Mapping[str, Any], replay: Path | None, placed: Mapping[str, Any]) -> dict[str, Any]:
     """A contender, with what was made while measuring in the place of what stands for it."""
     given = dict(contender)
-    if given["balance"] == "static":
-        given["keeps_records"] = True
     if given.get("steps", {}).get("replay") == REPLAY:
         assert replay is not None, "a static contender comes before the oracle"
         given["steps"] = {**given["steps"], "replay": str(replay)}
