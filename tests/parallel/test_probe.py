@@ -18,8 +18,11 @@ from poise.engine.vibe import Vibe
 from poise.model.inspect import find_experts
 from poise.parallel.launch import Launch
 from poise.parallel.moe_layer import ExpertParallelLayers, LayerRecord
+from poise.parallel.replica_staging import Outlet
+from poise.parallel.replica_wire import Message
 from poise.parallel.row_links import RowLinks
 from poise.parallel.step_options import StepOptions
+from poise.parallel.step_windows import Windows
 from poise.plan.rebalance import Rebalance
 from poise.report.chrome_trace import chrome_trace_of_ranks
 from tests.conftest import DrawPrompts, MakeCheckpoint, Reference
@@ -29,6 +32,8 @@ from tests.ranks import start_ranks
 TOKENS = 16
 TINY_CHUNK = 200
 """Bytes: so small that a replica takes longer than one window."""
+SERVE_S = 1e-3
+"""For a chunk: no replica comes whole within one window."""
 ATTENTION_S = 0.01
 
 
@@ -126,8 +131,15 @@ def test_greedy_tokens_are_those_of_each_prompt_alone_while_replicas_come(
 
 
 def generate_seen(launch: Launch, path: Path, prompts: list[list[int]]) -> dict[str, Any]:
-    """What the exported timeline has of every rank, on rank 0, while replicas come in tiny chunks."""
+    """What the exported timeline has of every rank, on rank 0, while replicas come in tiny chunks, slower than thought."""
     steps = StepOptions(predictor="last", chunk_bytes=TINY_CHUNK, rests=False)
+    serve = Outlet.chunk
+
+    def dawdle(self: Outlet, asked: Message, rank: int) -> memoryview | None:
+        time.sleep(SERVE_S)
+        return serve(self, asked, rank)
+
+    Outlet.chunk, Windows.fetched = dawdle, lambda *_: None  # type: ignore[method-assign,assignment]
     with ParallelLLM(path, launch, memory="2GiB", patience=PATIENT, balance="probe", steps=steps) as llm:
         dawdle_in(llm.runner.model)
         for module in llm.runner.model.modules():
