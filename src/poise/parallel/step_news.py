@@ -122,11 +122,7 @@ def exchanged(
 ) -> StepNews:
     """All ranks at once, at one layer: what each ``told``. ``rows_R``: None for none. Raises RankLostError."""
     row = told(own, own_E, predicted_E, rows_R or (0,) * group.num_ranks)
-    rows_RN = np.empty((group.num_ranks, len(row)), dtype=np.int64)
-    rows_RN[:] = row  # straight to all: Gloo's gather goes round a ring
-    sent_RN, one_each = torch.from_numpy(rows_RN).to(group.device), [1] * group.num_ranks
-    heard_RN = torch.empty_like(sent_RN)
-    group.all_to_all(heard_RN, sent_RN, one_each, one_each)
+    heard_RN = group.all_gather(torch.from_numpy(row).to(group.device))
     news = StepNews.heard(heard_RN.cpu().numpy())
     assert news.layer == own.layer, "ranks stand at different MoE layers"
     return news
