@@ -11,6 +11,7 @@ from time import perf_counter_ns
 
 import torch
 
+from poise.engine.footprint import Ceiling
 from poise.engine.routing import RoutingListener, SeamListener, choices_TK, hidden_TH
 from poise.model.moe_layer import chosen_experts, run_experts
 from poise.model.seam import Forward, Parked
@@ -24,7 +25,8 @@ from poise.spec.timeline import COMPUTE
 class Executor:
     """One pass of a group of batches. ``real``: bool of shape (rows * tokens,) per batch, False for padding; None: all real.
 
-    ``position``: the MoE layer of each experts module, by its id. Used once.
+    ``position``: the MoE layer of each experts module, by its id. ``ceiling``: watched after every step that computes.
+    Used once.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Executor:
         kv: KvStream | None,
         listeners: Sequence[RoutingListener],
         seam_listeners: Sequence[SeamListener] = (),
+        ceiling: Ceiling | None = None,
     ) -> None:
         self._forwards = forwards
         self._real = real
@@ -47,6 +50,7 @@ class Executor:
         self._kv = kv
         self._listeners = listeners
         self._seam_listeners = seam_listeners
+        self._ceiling = ceiling
         self._outputs: list[torch.Tensor | None] = []
 
     def run(self, schedule: Schedule) -> list[torch.Tensor]:
@@ -94,6 +98,7 @@ class Executor:
             forward.resume(output_TH)
         else:
             forward.start()
+        self._has_computed()
 
     def _gate(self, step: Step) -> None:
         batch = _given(step.batch)
@@ -118,6 +123,11 @@ class Executor:
         parked = self._all_parked(step.layer)
         timeline = self._store.timeline
         self._outputs = [*run_experts(self._store, parked, self._real, layer=step.layer, timeline=timeline)]
+        self._has_computed()
+
+    def _has_computed(self) -> None:
+        if self._ceiling is not None:
+            self._ceiling.keep()
 
     def _all_parked(self, layer: int) -> list[Parked]:
         return [self._parked(batch, layer) for batch in range(len(self._forwards))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from pathlib import Path
 
 from poise.units import KIB, MIB
@@ -11,6 +12,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Numbers of malloc.h."""
 
 _KEPT_BYTES = 8 * MIB
+_NEAR_BYTES = 4 * _KEPT_BYTES
+_REGROWN_BYTES = 4 * MIB
 AUTO_MARGIN_FRAC = 0.1
 """Share of the free memory that an automatic budget leaves alone."""
 
@@ -72,6 +75,33 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return
+
+
+class Ceiling:
+    """The resident set that a process shall stay below: near it, freed memory goes back to the system instead of waiting.
+
+    Blocks of 1 to 8 MiB come and go on several threads, and which of them lies between two others is chance: the same run
+    left 19 to 60 MB of the heap free and resident. ``limit_bytes``: the most that may be resident.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._from_bytes = limit_bytes - _NEAR_BYTES
+        self._again_bytes = self._from_bytes
+
+    def keep(self) -> None:
+        """Between two steps of a pass, 10 us: gives freed memory back where the resident set is near the ceiling.
+
+        Then again only when it has grown by 4 MiB, so that a plan that fills its budget pays for what it frees and no more.
+        """
+        if _resident_now() < self._again_bytes:
+            return
+        give_back_freed_memory()
+        self._again_bytes = max(self._from_bytes, _resident_now() + _REGROWN_BYTES)
+
+
+def _resident_now() -> int:
+    """As ``resident_bytes``, six times as fast."""
+    return int(Path("/proc/self/statm").read_bytes().split()[1]) * mmap.PAGESIZE
 
 
 def _status(field: str) -> int:

@@ -22,7 +22,7 @@ from poise.engine.dense_weights import DenseWeights, load_resident
 from poise.engine.device_tier import open_device_kv, open_device_store
 from poise.engine.facts import model_facts, plan_facts
 from poise.engine.finite import cause_of_not_finite
-from poise.engine.footprint import give_back_freed_memory, peak_resident_bytes, return_freed_memory
+from poise.engine.footprint import Ceiling, give_back_freed_memory, peak_resident_bytes, return_freed_memory
 from poise.engine.kv_file import kv_file_bytes, open_kv, refuse_if_disk_is_full
 from poise.engine.lookahead_prefetcher import LookaheadPrefetcher
 from poise.engine.lookahead_use import LookaheadUse, make_lookahead
@@ -141,7 +141,8 @@ class LLM:
         self._dense = DenseWeights(drawn.model, drawn.dense, dense, store)
         if drawn.options.kv_on_disk:
             self._kv = open_kv(drawn.options.scratch_directory)
-        self._runner = Runner(drawn.model, drawn.modules, store, dense=self._dense.stream)
+        ceiling = Ceiling(drawn.base_bytes + drawn.budget_bytes) if drawn.tier is None else None
+        self._runner = Runner(drawn.model, drawn.modules, store, dense=self._dense.stream, ceiling=ceiling)
         self._blueprint = drawn.corrected(probe(drawn.model, drawn.device))
         use = drawn.options.lookahead
         of_model = (drawn.model, drawn.modules, drawn.sites, drawn.checkpoint)

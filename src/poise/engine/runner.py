@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from poise.engine.executor import Executor
+from poise.engine.footprint import Ceiling
 from poise.engine.routing import RoutingListener, SeamListener
 from poise.model.inspect import ExpertsModule
 from poise.model.seam import Forward, attach
@@ -36,7 +37,8 @@ class Runner:
     """A model whose experts are in a store. One thread only; ``run`` leaves no forward behind, whatever happens.
 
     ``policy``: the rules for experts of the passes to come. ``dense`` and ``kv``: what
-    else streams, dense layers and caches; None: they are in memory. All three may change between passes.
+    else streams, dense layers and caches; None: they are in memory. All three may change between passes. ``ceiling``: the
+    most that the process shall take, if passes are to watch it.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class Runner:
         *,
         dense: DenseStream | None = None,
         kv: KvStream | None = None,
+        ceiling: Ceiling | None = None,
     ) -> None:
         attach(model)
         self.model = model
         self.store = store
         self.dense = dense
         self.kv = kv
+        self._ceiling = ceiling
         self._position = {id(model.get_submodule(module.name)): index for index, module in enumerate(modules)}
         self._num_layers = len(modules)
         self._last: tuple[tuple[object, ...], Schedule] | None = None
@@ -75,6 +79,7 @@ class Runner:
                 kv=self.kv,
                 listeners=self._listeners,
                 seam_listeners=self._seam_listeners,
+                ceiling=self._ceiling,
             )
             try:
                 return executor.run(schedule)
