@@ -38,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with _terminated_like_ctrl_c() as terminated:
         code = _run(arguments)
+    if code == 130:
+        # Python takes note of a KeyboardInterrupt that leaves code made from text, as dataclasses are while modules load, and
+        # ends a `python -m` by SIGINT for it, though it was handled; running further text makes it forget.
+        exec("")
     sys.exit(128 + signal.SIGTERM if terminated and code == 130 else code)
 
 
