@@ -196,14 +196,20 @@ def smallest_budget(path: str, case: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    """Runs the cases of the command line one after the other, each in a child of this process."""
+    """Runs the cases of the command line, each in a child of this process, as many at once as there are cores."""
     transformers.logging.set_verbosity_error()
+    running = 0
     for name, (path, case) in json.loads(sys.argv[1]).items():
-        child = os.fork()
-        if not child:
-            print(json.dumps({name: run(path, case)}), flush=True)
+        if running == os.cpu_count():
+            os.wait()
+            running -= 1
+        if not os.fork():
+            os.write(1, (json.dumps({name: run(path, case)}) + "\n").encode())  # whole, beside others
             os._exit(0)
-        os.waitpid(child, 0)
+        running += 1
+    while running:
+        os.wait()
+        running -= 1
 
 
 if __name__ == "__main__":

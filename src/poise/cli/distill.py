@@ -72,18 +72,17 @@ def _distilled(options: DistillOptions, requests: Sequence[PromptRequest], outpu
     progress = _Progress()
     try:
         progress.show(f"loading {options.model}")
+        from poise.model.hub import find_checkpoint
+
+        checkpoint = find_checkpoint(options.model)
         from poise.engine.llm import LLM
         from poise.engine.lookahead_control import MOST_BYTES, is_cheap, untrained_recalls
         from poise.engine.lookahead_use import LookaheadUse
-        from poise.model.checkpoint import open_checkpoint
         from poise.model.fingerprint import model_fingerprint
-        from poise.model.hub import find_model
         from poise.model.lookahead_training import WIDTH
 
-        path = find_model(options.model)
-        checkpoint = open_checkpoint(path)
         use = LookaheadUse(width=options.width or WIDTH, learns=True)
-        with LLM(path, memory=options.memory, lookahead=use) as llm:
+        with LLM(checkpoint.path, memory=options.memory, lookahead=use) as llm:
             windows = _windows(llm, requests, options.prompt_file)
             examiner, learnt_tokens = _taught(llm, windows, options.epochs, progress)
             progress.show("planning on what was predicted")

@@ -127,9 +127,13 @@ def _generate(
     closing: list[str] = []
     if pending:
         try:
+            view.bar.show(f"loading {options.model}", done=len(finished), now_s=0.0)
+            if launch is None:
+                from poise.model.hub import find_checkpoint
+
+                find_checkpoint(options.model)
             from poise.engine.llm import LLM
 
-            view.bar.show(f"loading {options.model}", done=len(finished), now_s=0.0)
             asked = [(requests[index].for_engine(), requests[index].sampling) for index in pending]
             with _open(options, asked, view) if launch is None else _open_ranks(options, launch, view) as llm:
                 view.bar.clear()

@@ -74,10 +74,13 @@ def run_plan(options: PlanOptions) -> None:
     """Runs the command. Raises UsageError."""
     options.check()
     requests = read_requests((), options.prompt_file, options.sampling) if options.prompt_file is not None else None
+    from poise.model.hub import find_checkpoint
+
+    checkpoint = find_checkpoint(options.model)
     from poise.engine.blueprint import Options, draw_up
 
     drawn = draw_up(
-        options.model,
+        checkpoint.path,
         Options(
             memory=options.memory,
             device=options.device,

@@ -47,6 +47,10 @@ def run_profile(
 
         report = writable_file(report)
         require_plotly()
+    if model is not None:
+        from poise.model.hub import find_checkpoint
+
+        find_checkpoint(model)
     profile = _measured(model, devices, effort)
     if output is not None:
         profile.machine.save(output)

@@ -75,16 +75,16 @@ def _recorded(
 
     try:
         bar.show(f"loading {options.model}", done=0, now_s=0.0)
+        from poise.model.hub import find_checkpoint
+
+        checkpoint = find_checkpoint(options.model)
         from poise.engine.llm import LLM
         from poise.engine.recorder import Recorder
-        from poise.model.checkpoint import open_checkpoint
         from poise.model.fingerprint import model_fingerprint
-        from poise.model.hub import find_model
         from poise.predict.correlation import CorrelationTable
 
-        path = find_model(options.model)
-        fingerprint = model_fingerprint(open_checkpoint(path))
-        with LLM(path, memory=options.memory) as llm:
+        fingerprint = model_fingerprint(checkpoint)
+        with LLM(checkpoint.path, memory=options.memory) as llm:
             shape = {"num_layers": len(llm.spec.moe_layers), "num_experts": max(llm.spec.experts_L)}
             top_k = min(llm.spec.top_k, shape["num_experts"])
             table = CorrelationTable(**shape, top_k=top_k, forgets=False) if options.table else None

@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from poise.errors import CheckpointError
-from poise.model.checkpoint import open_checkpoint
+from poise.model.checkpoint import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,14 @@ def find_model(model: str | Path) -> Path:
         f"{model} is no directory and not in the Hugging Face cache, and {reason}; give a directory, or an id that "
         f"this command can fetch: hf download {model}"
     )
+
+
+def find_checkpoint(model: str | Path) -> Checkpoint:
+    """The checkpoint of a model given like that. Without torch: commands refuse what is no model before they load anything.
+
+    Raises CheckpointError for what ``find_model`` does not find, and for a directory that is damaged.
+    """
+    return open_checkpoint(find_model(model))
 
 
 def _snapshot(model: str, *, local_files_only: bool) -> Path:
