@@ -27,7 +27,8 @@ def replicas_used(launch: Launch, path: Path, prompts: list[list[int]]) -> list[
         layers = llm.runner.layers
         assert layers.balance is not None
         expert_bytes = layers.balance._slots.slot_bytes
-        layers.balance._windows.fetched(Fetched(arrived=(False,), nbytes=expert_bytes, busy_s=0.1))
+        for _ in range(40):
+            layers.balance._windows.fetched(Fetched(arrived=(False,), nbytes=expert_bytes, busy_s=0.1))
         layers.on_record = lambda record: used.append(record.note.replicas_used)
         dawdle_in(llm.runner.model, 3e-3)
         if launch.rank > 0:

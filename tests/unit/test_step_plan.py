@@ -88,3 +88,9 @@ def test_a_replica_is_computed_from_the_slot_it_was_fetched_into(checkpoint: Mak
         for expert, place in places.items():
             run = slots.run(each.half, place, layer=1, expert=expert)
             assert run.unique().tolist() == [first + place]
+
+
+@pytest.mark.parametrize(("rank", "share"), [(0, 1.0), (1, 1.0), (2, 0.5), (3, 1.0)])
+def test_what_comes_shares_the_link_of_its_source(rank: int, share: float) -> None:
+    """Rank 0 gives one to rank 1 as well, to which three come anyway; nothing comes to rank 3."""
+    assert plan_of(rank).link_share == share

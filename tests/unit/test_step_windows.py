@@ -114,10 +114,13 @@ def test_a_rate_follows_the_last_fetches() -> None:
     assert made.fetch_kb_s == 0
     made.fetched(NOTHING)
     assert made.fetch_kb_s == 0, "what is not known is not doubted"
-    made.fetched(fetched(4e6, 0.01))
-    assert made.fetch_kb_s == 400_000
-    made.fetched(fetched(1e6, 0.01))
-    assert made.fetch_kb_s == round((KEEP * 4e6 + 1e6) / (KEEP * 0.01 + 0.01) / 1e3)
+    slow, fast = LINK * 0.01 / 4, LINK * 0.01 / 2
+    made.fetched(fetched(fast, 0.01))
+    expected, busy_s = KEEP * LINK * 0.01 + fast, KEEP * 0.01 + 0.01
+    assert made.fetch_kb_s == pytest.approx(expected / busy_s / 1e3, rel=1e-5), "the first is half believed"
+    made.fetched(fetched(slow, 0.01))
+    expected, busy_s = KEEP * expected + slow, KEEP * busy_s + 0.01
+    assert made.fetch_kb_s == pytest.approx(expected / busy_s / 1e3, rel=1e-5)
     before = made.fetch_kb_s
     for _ in range(10):
         made.fetched(NOTHING)
@@ -145,23 +148,28 @@ def test_after_a_slow_fetch_replicas_come_again(nbytes: float) -> None:
 
     replicas()
     assert replicas() > 0
-    made.fetched(fetched(nbytes, 10 * EXPERT_BYTES / LINK))
-    assert replicas() == 0
+    slow = 0
+    while replicas():
+        slow += 1
+        made.fetched(fetched(nbytes, 10 * EXPERT_BYTES / LINK))
+    assert 1 < slow < 6, "as the first fetch it is not all that is known; as one of several it is"
     layers = 0
     while not replicas():
         made.fetched(NOTHING)
         layers += 1
         assert layers < 1000, "no replica ever comes again"
-    assert layers > 10, "one slow fetch is forgotten at once"
+    assert layers > 2, "slow fetches are forgotten at once"
 
 
 def test_a_window_in_which_no_chunk_came_whole_does_not_make_the_link_slow_for_hundreds_of_layers() -> None:
     """The first fetch of a run often ends so: its window was too short."""
     made, _ = windows()
-    made.fetched(fetched(0.0, 1.0))
-    assert made.fetch_kb_s == round(CHUNK_BYTES / 2 / 1e3)
+    for _ in range(100):
+        made.fetched(fetched(0.0, 1.0))
+    slowest = made.fetch_kb_s
+    assert slowest == pytest.approx(CHUNK_BYTES / 2 / 1e3, abs=1)
     made.fetched(fetched(0.0, 1e-6))
-    assert made.fetch_kb_s == round(CHUNK_BYTES / 2 / 1e3), "a window of a microsecond says nothing"
+    assert made.fetch_kb_s == slowest, "a window of a microsecond says nothing"
     shut, _ = windows()
     shut.fetched(fetched(0.0, 1e-6))
     assert shut.fetch_kb_s == round(LINK / 1e3), "no faster than the link"
@@ -175,3 +183,14 @@ def test_doubt_ends_at_the_rate_of_the_link() -> None:
         made.fetched(NOTHING)
     assert made.fetch_kb_s == round(LINK / 1e3)
     np.testing.assert_allclose(made.rate_R(news(0, (made.fetch_kb_s, 0))), LINK)
+
+
+def test_a_fetch_that_shares_its_link_says_nothing_against_the_link() -> None:
+    """Two ranks fetch from one: each gets half of what that one can give, and the planner counts what it gives itself."""
+    shared, alone = windows()[0], windows()[0]
+    for _ in range(3):
+        shared.fetched(fetched(EXPERT_BYTES / 2, 0.01), link_share=0.5)
+        alone.fetched(fetched(EXPERT_BYTES, 0.01))
+    assert shared.fetch_kb_s == alone.fetch_kb_s
+    shared.fetched(fetched(LINK, 1.0), link_share=0.5)
+    assert shared.fetch_kb_s <= round(LINK / 1e3), "no faster than the link"

@@ -287,7 +287,7 @@ class StepBalance:
         foreseen = Foreseen() if self._ahead is None else self._ahead.end()
         fetched = self.track.end_fetch()
         if self._ahead is not None:
-            self._windows.fetched(fetched)
+            self._windows.fetched(fetched, 1.0 if foreseen.plan is None else foreseen.plan.link_share)
         self.note.replica_bytes, self.note.late = fetched.nbytes, int(foreseen.is_late)
         plan = foreseen.plan
         if plan is None:

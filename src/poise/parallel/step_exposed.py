@@ -33,7 +33,7 @@ def fetch_exposed(
     moved_RR = plan.transfers_RR
     most = int(max(moved_RR.sum(axis=0).max(), moved_RR.sum(axis=1).max()))
     fetched = track.finish(within_s=LEAST_WAIT_S + EXPOSED_WAIT * most * float(expert_s_R.max()))
-    windows.fetched(fetched)
+    windows.fetched(fetched, made.link_share)
     note.replica_bytes, note.replicas_planned = fetched.nbytes, len(fetched.arrived)
     own = RankNews(layer=layer, plan=made.digest, arrived=made.arrived_bits(fetched))
     nothing_E = np.zeros_like(news.counts_RE[0])

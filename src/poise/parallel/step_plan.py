@@ -22,7 +22,8 @@ from poise.plan.balance import BalancePlan
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepPlan:
     """For ``layer``, into ``half`` of the slots of ``rank``. ``pays``: False where nothing is to come. ``mine``: expert and
-    source of what comes here, in the order of its slots. ``digest``: not 0."""
+    source of what comes here, in the order of its slots. ``link_share``: of this rank's link, that what comes here can have at
+    the most, as its sources give to others as well. ``digest``: not 0."""
 
     layer: int
     rank: int
@@ -30,11 +31,13 @@ class StepPlan:
     replica_N3: Ints
     pays: bool
     mine: tuple[tuple[int, int], ...] = field(init=False)
+    link_share: float = field(init=False)
     digest: int = field(init=False)
 
     def __post_init__(self) -> None:
         mine = tuple((expert, source) for expert, source, target in self.replica_N3.tolist() if target == self.rank)
         object.__setattr__(self, "mine", mine)
+        object.__setattr__(self, "link_share", _link_share(self.replica_N3, self.rank))
         object.__setattr__(self, "digest", zlib.crc32(self.replica_N3.tobytes(), self.layer) + 1)
 
     @classmethod
@@ -78,3 +81,10 @@ class StepPlan:
         """Expert to slot, of those among ``came_N3`` that are on this rank."""
         place_of = {expert: place for place, (expert, _) in enumerate(self.mine)}
         return {expert: place_of[expert] for expert, _, target in came_N3.tolist() if target == self.rank}
+
+
+def _link_share(replica_N3: Ints, rank: int) -> float:
+    """Replicas that come here, of those that the busiest of their links has to carry meanwhile; 1 where none come."""
+    sources = replica_N3[replica_N3[:, 2] == rank, 1]
+    most = max((int((replica_N3[:, 1] == source).sum()) for source in set(sources.tolist())), default=0)
+    return len(sources) / max(len(sources), most) if len(sources) else 1.0

@@ -63,13 +63,18 @@ class Windows:
         least, most = sorted(self._last_two_L[layer])
         return round(1e6 * min(2.0 * least, (least + most) / 2.0))
 
-    def fetched(self, fetched: Fetched) -> None:
+    def fetched(self, fetched: Fetched, link_share: float = 1.0) -> None:
         """A fetch has ended. What is known of the rate is believed less where nothing was fetched: a rate that was once too low
         for any replica would else never be seen to have risen. No link is faster than the fastest. Where not one chunk came
-        whole, half of one is taken to have been on its way, or less, by the known rate: a short window makes no link slow."""
+        whole, half of one is taken to have been on its way, or less, by the known rate: a short window makes no link slow. What
+        had but a share of the link says of the whole link that much more: the planner counts what each source gives itself. The
+        first fetch, which often is far slower than those to come, is believed as much as that the link is free."""
         if fetched.busy_s > 0:
-            rate = self._bytes / self._busy_s if self._busy_s > 0 else self._fastest
-            nbytes = fetched.nbytes or min(self._chunk_bytes / 2, rate * fetched.busy_s)
+            if not self._busy_s:
+                self._busy_s, self._bytes = fetched.busy_s, self._fastest * fetched.busy_s
+            rate = self._bytes / self._busy_s
+            nbytes = fetched.nbytes / link_share or min(self._chunk_bytes / 2, rate * fetched.busy_s)
+            nbytes = min(nbytes, self._fastest * fetched.busy_s)
             self._busy_s = KEEP * self._busy_s + fetched.busy_s
             self._bytes = max(KEEP * self._bytes + nbytes, LEAST_BYTES_PER_S * self._busy_s)
         else:
