@@ -139,6 +139,7 @@ def generate_seen(launch: Launch, path: Path, prompts: list[list[int]]) -> dict[
         time.sleep(SERVE_S)
         return serve(self, asked, rank)
 
+    # In this rank's own process. Rates are not learnt, as the planner would soon ask for nothing from sources so slow.
     Outlet.chunk, Windows.fetched = dawdle, lambda *_: None  # type: ignore[method-assign,assignment]
     with ParallelLLM(path, launch, memory="2GiB", patience=PATIENT, balance="probe", steps=steps) as llm:
         dawdle_in(llm.runner.model)

@@ -42,9 +42,9 @@ from poise.engine.request import QUANTIZATIONS, Prompt
 from poise.engine.sampling import SamplingParams
 from poise.errors import BudgetError, UsageError
 from poise.model.cache import needs_whole_prompts
-from poise.model.checkpoint import Checkpoint, open_checkpoint
+from poise.model.checkpoint import Checkpoint
 from poise.model.dense import dense_nbytes, take_out_experts
-from poise.model.hub import find_model
+from poise.model.hub import find_checkpoint
 from poise.model.inspect import ExpertsModule, build_meta_model, choose_dtype, find_experts, load_config, own_dtype
 from poise.model.int4_making import OnMade
 from poise.model.int4_store import Int4Store
@@ -207,7 +207,7 @@ def draw_up(
     Raises UsageError (CheckpointError, MachineError, BudgetError) for what cannot run.
     """
     device = tier_device(options)
-    checkpoint = open_checkpoint(find_model(model))
+    checkpoint = find_checkpoint(model)
     config = load_config(checkpoint)
     table = read_table(options.correlation_table, checkpoint)
     width = 0 if options.lookahead is None else width_of(options.lookahead, checkpoint)

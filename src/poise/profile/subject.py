@@ -17,9 +17,8 @@ import torch
 from torch import nn
 from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
-from poise.model.checkpoint import open_checkpoint
 from poise.model.dense import take_out_experts
-from poise.model.hub import find_model
+from poise.model.hub import find_checkpoint
 from poise.model.inspect import ExpertsModule, build_meta_model, find_experts, load_config, own_dtype, stated
 from poise.model.layout import ExpertSource, find_layout
 from poise.model.seam import attach
@@ -114,7 +113,7 @@ def subject_of_checkpoint(
 
     ``dtype_for`` says what to compute in, given the checkpoint's own dtype.
     """
-    checkpoint = open_checkpoint(find_model(path))
+    checkpoint = find_checkpoint(path)
     config = load_config(checkpoint)
     dtype = dtype_for(own_dtype(checkpoint))
     model = build_meta_model(config, dtype)
